@@ -1,0 +1,34 @@
+# Every target makes the environment it needs from a stock Python 3.11 and pip.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check bench docs clean
+
+demo: .venv/base
+	$(BIN)/flopwise demo
+
+test: .venv/dev
+	$(BIN)/pytest
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/readme_tables.py --check
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/importance_sampling.py
+
+# PYTHONPATH is emptied so that a torch installed elsewhere is never found by accident.
+.venv/base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/base
+	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,1 @@
+"""One file per claim of the thesis: each runs the technique and its honest baseline and writes records."""

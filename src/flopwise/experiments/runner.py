@@ -1,0 +1,161 @@
+"""Runs an experiment's runs side by side, one core each, and keeps their records; an interrupted one can go on."""
+
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Record = dict[str, Any]
+
+
+Run = Any  # a frozen dataclass with a `name`; equal fields, equal run
+Train = Callable[[Any, Path, Callable[[float], None]], Record]
+
+
+class Records:
+    """The records of one folder, `records.jsonl`, one JSON object a line, appended as runs end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "records.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_text() if self.path.exists() else ""
+        whole, _, torn = text.rpartition("\n")
+        if torn or not self.path.exists():  # a run was killed while it wrote: that line is lost, the others are not
+            self.path.write_text(whole + "\n" if whole else "")
+        self.all: list[Record] = [json.loads(line) for line in whole.splitlines() if line]
+
+    def find(self, run: Run) -> Record | None:
+        """The record of this run, if it has ended before."""
+        wanted = asdict(run)
+        return next((record for record in self.all if record["run"] == wanted), None)
+
+    def add(self, run: Run, record: Record) -> Record:
+        record = {"run": asdict(run), **record, **provenance()}
+        line = json.dumps(_without_nan(record))
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+        self.all.append(json.loads(line))
+        return self.all[-1]
+
+
+def run_all(runs: Iterable[Run], train: Train, folder: Path, *, title: str) -> list[Record]:
+    """The records of `runs`, in order: those that `folder` has already, and the others trained, one process a core.
+
+    Ctrl-C ends the processes and is raised again; finished runs are on record, unfinished ones have a checkpoint.
+    """
+    runs, records = list(runs), Records(folder)
+    waiting = [run for run in runs if records.find(run) is None]
+    if waiting:
+        workers = min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(waiting)
+        )
+        context = multiprocessing.get_context("spawn")
+        shares: Any = context.Array("d", len(waiting))
+        pool = context.Pool(workers, _start_worker, (shares, train, folder))
+        try:
+            with _progress() as progress:
+                task = progress.add_task(title, total=1.0, runs=f"0 of {len(waiting)} runs")
+                ended = pool.imap_unordered(_work, enumerate(waiting))
+                for count in range(1, len(waiting) + 1):
+                    index, record = _next(ended, lambda: progress.update(task, completed=sum(shares) / len(waiting)))
+                    records.add(waiting[index], record)
+                    (folder / "checkpoints" / f"{waiting[index].name}.pt").unlink(missing_ok=True)
+                    progress.update(task, runs=f"{count} of {len(waiting)} runs")
+        finally:
+            pool.terminate()
+            pool.join()
+    return [record for run in runs if (record := records.find(run)) is not None]
+
+
+def provenance() -> Record:
+    """Where and with what a record was made."""
+    return {
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "flopwise": version("flopwise"),
+        },
+        "commit": _commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} % of the budget, {task.fields[runs]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+def _next(ended: Any, meanwhile: Callable[[], None]) -> Any:
+    while True:
+        meanwhile()
+        try:
+            return ended.next(timeout=0.25)
+        except multiprocessing.TimeoutError:
+            continue
+
+
+_worker: tuple[Any, Train, Path]
+
+
+def _start_worker(shares: Any, train: Train, folder: Path) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+    _worker = shares, train, folder
+
+
+def _work(numbered: tuple[int, Run]) -> tuple[int, Record]:
+    index, run = numbered
+    shares, train, folder = _worker
+
+    def progress(share: float) -> None:
+        shares[index] = share
+
+    record = train(run, folder / "checkpoints" / f"{run.name}.pt", progress)
+    progress(1.0)
+    return index, record
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; a loss that diverged is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not (float("-inf") < value < float("inf")) else value
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this runs from, if it is one."""
+    here = Path(__file__).parent
+    asked = subprocess.run(
+        ["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None if asked.returncode == 0 else None

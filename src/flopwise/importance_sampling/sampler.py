@@ -1,0 +1,448 @@
+"""The sampler: presamples in, weighted batches out."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from flopwise.core.batch import batch_size as size_of
+from flopwise.core.batch import select_examples
+from flopwise.core.ledger import Ledger, active_ledger
+from flopwise.importance_sampling.draw import Draw, draw_with_replacement, draw_without_replacement, probabilities
+from flopwise.importance_sampling.gate import Gate, GateRule
+from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen
+from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
+from flopwise.importance_sampling.variance import effective_sample_size, variance_ratio
+
+TIMED_STEPS = 10  # with cost="seconds": timings of each kind before their medians are frozen
+
+
+@dataclass(frozen=True)
+class WeightedBatch:
+    """What to train on next: mean_i(weights_i * loss_i) is the presample's mean loss in expectation.
+
+    Attributes:
+        data: the examples, structured as the loader yields them.
+        weights: one weight an example, on the device of the data; all 1 in a plain batch.
+        indices: where in the presample each example was, on the CPU.
+        drawn: whether this batch was drawn by importance; otherwise every example of the presample is trained on.
+        positions: mean number of unmasked positions of the presample's examples, when the loss has a mask.
+    """
+
+    data: Any
+    weights: Float[Tensor, " b"]
+    indices: Int[Tensor, " b"]
+    drawn: bool
+    positions: float | None = None
+
+
+class ImportanceSampler:
+    """Trains on the examples that matter, at a price it knows, and steps aside when the price is too high.
+
+        sampler = ImportanceSampler(model, lambda outputs, data: cross_entropy(outputs, data[1], reduction="none"))
+        for batch in sampler.batches(loader):
+            sampler.loss(model(batch.data), batch).backward()
+            with sampler.scaled_rate(optimizer):
+                optimizer.step()
+            optimizer.zero_grad()
+
+    The loader yields presamples of B examples, say 4 to 8 times `batch_size`. While the gate is on, a presample is cut
+    into pieces of r * batch_size; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||,
+    and `batch_size` examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n. While it is off
+    every example is trained on in plain batches, and scores come free from the outputs of the training step. A presample,
+    or its last piece, that is no larger than `batch_size` is trained on whole.
+
+    Args:
+        forward: data -> outputs (logits), dimension 0 the example. It runs without gradient to score, and should be the
+            function that you train with. Put autocast inside it, so that scoring uses it too.
+        loss: (outputs, data) -> losses of shape (b,) or (b, T), unreduced; or those and their mask (True = counts).
+            Example and class weights belong in here: they multiply the loss, and so the score.
+        batch_size: b, examples per training step.
+        gate: "auto" samples while the variance at equal cost is estimated below uniform's, and chooses r; "paper" uses
+            the rule of Algorithm 1; "always"; "never".
+        cost: what "equal cost" means: "flops", counted and so reproducible, or "seconds", timed over the first steps
+            and then frozen (they are in the state, so a resumed run goes on with them).
+        draw: "without_replacement" (Horvitz-Thompson, the default: less variance) or "with_replacement" (the paper).
+        smoothing: share of the uniform distribution in p, above 0 up to 1; caps every weight at 1 / smoothing.
+        seed: of the draws.
+        score: (outputs, data) -> (b,), in place of the upper bound; for instance a closed form for a large vocabulary.
+        model: the module or modules that `forward` runs; needed when they cannot be seen from it.
+        accumulate: batches per optimizer step; the gate is constant within such a window.
+        weight_exponent: below 1 flattens the weights to w^k, scaled so that sum w S is kept. **Biased**, and opt-in.
+        callback: called with `metrics()` after every presample, for loggers.
+
+    Raises:
+        ValueError: an argument outside its range; a loss that is reduced; scores that are not finite (see `batches`).
+
+    Source: Katharopoulos & Fleuret, ICML 2018 (the score, Algorithm 1); the draw without replacement, the cost-aware
+    gate and the free choice of r are ours, see the README beside this file.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Any], Tensor],
+        loss: Callable[[Tensor, Any], Losses],
+        *,
+        batch_size: int = 64,
+        gate: GateRule = "auto",
+        cost: Literal["flops", "seconds"] = "flops",
+        draw: Draw = "without_replacement",
+        smoothing: float = 0.1,
+        seed: int = 0,
+        score: Callable[[Tensor, Any], Tensor] | None = None,
+        model: nn.Module | list[nn.Module] | None = None,
+        accumulate: int = 1,
+        weight_exponent: float = 1.0,
+        callback: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        _require(batch_size >= 1, f"batch_size is at least 1; got {batch_size}.")
+        _require(accumulate >= 1, f"accumulate counts the batches of an optimizer step, at least 1; got {accumulate}.")
+        _require(
+            0 < smoothing <= 1,
+            f"smoothing is above 0, or an example could never be drawn, and at most 1; got {smoothing}.",
+        )
+        _require(
+            0 <= weight_exponent <= 1,
+            f"weight_exponent goes from 0 (no weights) to 1 (unbiased); got {weight_exponent}.",
+        )
+        for name, value, allowed in (
+            ("gate", gate, ("auto", "paper", "always", "never")),
+            ("cost", cost, ("flops", "seconds")),
+            ("draw", draw, ("without_replacement", "with_replacement")),
+        ):
+            _require(value in allowed, f"{name} is one of {', '.join(allowed)}; got {value!r}.")
+        self.forward, self.loss_per_example = forward, loss
+        self.score = score
+        self.batch_size, self.accumulate, self.weight_exponent = batch_size, accumulate, weight_exponent
+        self.draw: Draw = draw
+        self.callback = callback
+        self.models = find_models(forward) if model is None else [model] if isinstance(model, nn.Module) else model
+        self._gate = Gate(gate, draw, smoothing)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._ledger = Ledger()  # costs are measured even when the user keeps no ledger
+        self._costs = _Costs(timed=cost == "seconds")
+        self._scores: list[Tensor] = []  # of the presample that is being used
+        self._last: dict[str, float] = {"tau2": 1.0, "ess": 0.0}
+        self._largest_weight = 1.0
+        self._steps = self._steps_drawn = 0
+        self._flops = {"scoring": 0, "training": 0}
+        self._presample, self._position = 0, 0  # where the pass over the loader is
+        self._loader_state: Any = None
+        self._resuming = False
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[WeightedBatch]:
+        """One pass over `loader`, which yields presamples: pytrees of tensors whose dimension 0 is the example.
+
+        What the loop does with a batch is booked as training in the active `Ledger`, the scoring as scoring.
+
+        After `load_state_dict` the first pass goes on where the saved one was. The presample in progress is needed
+        again: a loader with `state_dict` and `load_state_dict` is set back to it; any other must yield the same
+        presamples in the same order as before, and those already used are skipped.
+        """
+        stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        skip = 0
+        if not self._resuming:
+            self._presample, self._position, self._scores = 0, 0, []
+        elif stateful:
+            loader.load_state_dict(self._loader_state)  # type: ignore[attr-defined]
+        else:
+            skip = self._presample
+        self._resuming = False
+        for presample in (active_ledger() or self._ledger).load(self._positioned(loader, stateful)):
+            if skip > 0:
+                skip -= 1
+                continue
+            yield from self._use(presample)
+            self._presample, self._position = self._presample + 1, 0
+
+    def _positioned(self, loader: Iterable[Any], stateful: bool) -> Iterator[Any]:
+        """The loader's presamples, after noting where it stood before each."""
+        iterator = iter(loader)
+        while True:
+            if stateful:
+                self._loader_state = loader.state_dict()  # type: ignore[attr-defined]
+            try:
+                yield next(iterator)
+            except StopIteration:
+                return
+
+    def select(self, presample: Any) -> WeightedBatch:
+        """Score `presample` and draw `batch_size` examples from it, whatever the gate says: for hand-written loops.
+
+        A presample no larger than `batch_size` comes back whole, with weights 1.
+        """
+        batch = self._draw(presample, slice(0, size_of(presample)))
+        self._learn()
+        return batch
+
+    def loss(self, outputs: Tensor, batch: WeightedBatch) -> Float[Tensor, ""]:
+        """mean_i(weights_i * loss_i), whose gradient is the presample's in expectation.
+
+        Losses of shape (b, T) are averaged over T. With a mask an example's loss is the sum over its unmasked positions
+        over the presample's mean number of them: dividing by the positions that happen to be drawn would be biased.
+        In a plain batch that is the usual mean over the batch's positions, and the scores of its examples are recorded
+        during the backward pass, from the gradient that reaches the outputs.
+        """
+        record = not batch.drawn and self._gate.rule != "never" and torch.is_grad_enabled() and outputs.requires_grad
+        if record:
+            outputs = outputs.view_as(outputs)  # an alias: its gradient is this loss's alone, without regularisers
+        losses, mask = split_losses(self.loss_per_example(outputs, batch.data), len(batch.weights))
+        rows = losses.flatten(1) if losses.ndim > 1 else losses[:, None]
+        positions = float(rows.shape[1]) if mask is None else batch.positions
+        if positions is None:
+            positions = mask.sum() / len(mask)  # type: ignore[union-attr]
+        if record and self.score is None:
+            scale = len(batch.weights) * positions
+            outputs.register_hook(lambda gradient: self._record(scale * score_from_gradient(gradient)))
+        elif record:
+            self._record(self._scores_of(outputs.detach(), batch.data)[0])
+        return (batch.weights * rows.sum(1)).mean() / positions
+
+    @property
+    def rate_scale(self) -> float:
+        """What the learning rate may be multiplied by: sqrt of the variance gain while sampling, from 1 to 2.
+
+        Less variance buys nothing at an unchanged, well-tuned rate.
+        """
+        return self.scale_of("sqrt")
+
+    def scale_of(self, rule: Literal["sqrt", "linear"], cap: float = 2.0) -> float:
+        """The rate scale by another rule: the gain's root or the gain itself, from 1 to `cap`; 1 while off."""
+        if not self._gate.on:
+            return 1.0
+        gain = 1 / self._gate.variance
+        return min(cap, max(1.0, gain**0.5 if rule == "sqrt" else gain))
+
+    @contextmanager
+    def scaled_rate(
+        self, optimizer: torch.optim.Optimizer, rule: Literal["sqrt", "linear"] = "sqrt", cap: float = 2.0
+    ) -> Iterator[None]:
+        """`with sampler.scaled_rate(optimizer): optimizer.step()`: this step at the scaled rate.
+
+        The rates are put back afterwards, so any scheduler goes on as if nothing had happened.
+        """
+        rates = [group["lr"] for group in optimizer.param_groups]
+        scale = self.scale_of(rule, cap)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
+        try:
+            yield
+        finally:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def metrics(self) -> dict[str, float]:
+        """For loggers.
+
+        tau, tau2 and ess (examples of the last presample that carry the gradient); on and ratio; scoring_cost, of one
+        example relative to training on one, and R, the estimated variance at equal cost relative to uniform (both nan
+        while unknown); rate_scale; largest_weight of the last draw; share_on, of all steps so far; scoring_share, of
+        all FLOPs spent through this sampler.
+        """
+        spent = sum(self._flops.values())
+        scoring_cost = float("nan") if self._costs.ratio is None else self._costs.ratio
+        return {
+            "tau": self._last["tau2"] ** 0.5,
+            "tau2": self._last["tau2"],
+            "ess": self._last["ess"],
+            "on": float(self._gate.on),
+            "ratio": self._gate.ratio,
+            "scoring_cost": scoring_cost,
+            "R": self._gate.cost_adjusted_variance(scoring_cost),
+            "rate_scale": self.rate_scale,
+            "largest_weight": self._largest_weight,
+            "share_on": self._steps_drawn / max(1, self._steps),
+            "scoring_share": self._flops["scoring"] / spent if spent else 0.0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to be identical to the last bit. Take it after an optimizer step.
+
+        Tensors, numbers and the loader's own state: `torch.load(weights_only=True)` reads it.
+        """
+        return {
+            "gate": self._gate.state_dict(),
+            "generator": self._generator.get_state(),
+            "costs": self._costs.state_dict(),
+            "scores": torch.cat(self._scores) if self._scores else torch.empty(0),
+            "last": dict(self._last),
+            "largest_weight": self._largest_weight,
+            "steps": [self._steps, self._steps_drawn],
+            "flops": dict(self._flops),
+            "position": [self._presample, self._position],
+            "loader": self._loader_state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`: the next `batches(loader)` starts with the batch after the last one used."""
+        self._gate.load_state_dict(state["gate"])
+        self._generator.set_state(state["generator"])
+        self._costs.load_state_dict(state["costs"])
+        self._scores = [state["scores"]] if len(state["scores"]) else []
+        self._last, self._largest_weight = dict(state["last"]), state["largest_weight"]
+        self._steps, self._steps_drawn = state["steps"]
+        self._flops = dict(state["flops"])
+        self._presample, self._position = state["position"]
+        self._loader_state = state["loader"]
+        self._resuming = True
+
+    def draw_size(self) -> int:
+        """Examples per drawn batch."""
+        return self.batch_size
+
+    def _use(self, presample: Any) -> Iterator[WeightedBatch]:
+        """The batches of one presample, from `_position` on."""
+        size = size_of(presample)
+        while self._position < size:
+            left = size - self._position
+            if self._steps % self.accumulate == 0:
+                self._decide(presample, size)
+            if self._gate.on and left > self.batch_size:
+                pieces = max(1, round(left / (self._gate.ratio * self.batch_size)))
+                piece = slice(self._position, self._position + ceil(left / pieces))
+                batch = self._draw(presample, piece)
+            else:
+                piece = slice(self._position, min(size, self._position + self.batch_size))
+                batch = _plain(presample, piece)
+            self._position = piece.stop
+            self._steps += 1
+            self._steps_drawn += batch.drawn
+            with ExitStack() as stack:
+                if batch.drawn:
+                    stack.enter_context(statistics_frozen(self.models))
+                cost = stack.enter_context(self._book("training", batch.data))
+                yield batch
+            self._costs.add("training", cost)
+        self._learn()
+
+    def _decide(self, presample: Any, size: int) -> None:
+        """Let the gate decide, after making sure that it knows what scoring costs."""
+        if self._gate.rule in ("auto", "paper") and self._costs.needs("scoring"):
+            piece = slice(self._position, min(size, self._position + self.batch_size))
+            self._score(presample if piece == slice(0, size) else select_examples(presample, piece), statistics=False)
+        self._gate.decide(size / self.batch_size, self._costs.ratio)
+
+    def _draw(self, presample: Any, piece: slice) -> WeightedBatch:
+        """Score a piece of the presample and draw from it."""
+        examples = piece.stop - piece.start
+        draws = self.draw_size()
+        if examples <= draws:
+            return _plain(presample, piece)
+        candidates = select_examples(presample, piece)
+        scores, positions = self._score(candidates)
+        self._scores.append(scores)
+        p = probabilities(scores, self._gate.smoothing)
+        draw = draw_without_replacement if self._gate.draw == "without_replacement" else draw_with_replacement
+        indices, weights = draw(p, draws, self._generator)
+        if self.weight_exponent < 1:
+            weights = _flattened(weights, scores[indices], self.weight_exponent)
+        self._largest_weight = float(weights.max())
+        data = select_examples(candidates, indices)
+        return WeightedBatch(data, _beside(weights, data), indices + piece.start, True, positions)
+
+    def _score(self, data: Any, *, statistics: bool = True) -> tuple[Float[Tensor, " n"], float | None]:
+        """The scores of `data` and, when the loss has a mask, its mean number of unmasked positions."""
+        with scoring(self.models, statistics=statistics), torch.no_grad(), self._book("scoring", data) as cost:
+            outputs = self.forward(data)
+            scores, mask = self._scores_of(outputs, data)
+        self._costs.add("scoring", cost)
+        return scores, None if mask is None else float(mask.sum() / len(mask))
+
+    def _scores_of(self, outputs: Tensor, data: Any) -> tuple[Float[Tensor, " n"], Tensor | None]:
+        """Scores on the CPU, and the mask of the loss if it has one."""
+        if self.score is None:
+            scores, mask = score_and_mask(outputs, data, self.loss_per_example)
+        else:
+            scores = self.score(outputs, data)
+            _require(
+                scores.shape == (len(outputs),),
+                f"score gives one number an example, shape ({len(outputs)},); got {tuple(scores.shape)}.",
+            )
+            _, mask = split_losses(self.loss_per_example(outputs, data), len(outputs))
+        return scores.detach().float().cpu(), mask
+
+    def _record(self, scores: Float[Tensor, " b"]) -> None:
+        """Keep the scores of a plain batch, unless a GradScaler has just overflowed."""
+        if scores.isfinite().all():
+            self._scores.append(scores.cpu())
+
+    def _learn(self) -> None:
+        """Update the gate with the scores of the presample that was used up."""
+        if self._scores:
+            scores = torch.cat(self._scores)
+            self._scores = []
+            self._gate.update(scores)
+            self._last = {"tau2": variance_ratio(scores), "ess": effective_sample_size(scores)}
+        if self.callback is not None:
+            self.callback(self.metrics())
+
+    @contextmanager
+    def _book(self, phase: str, data: Any) -> Iterator[Any]:
+        ledger = active_ledger() or self._ledger
+        with ledger.phase(phase, data) as cost:
+            yield cost
+        self._flops[phase] += cost.flops or 0
+
+
+@dataclass
+class _Costs:
+    """FLOPs (or seconds) per example of scoring and of training; seconds are medians, frozen after the first steps."""
+
+    timed: bool
+    known: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, list[float]] = field(default_factory=lambda: {"scoring": [], "training": []})
+
+    @property
+    def ratio(self) -> float | None:
+        """c, the cost of scoring one example over that of training on one; None while unknown."""
+        if len(self.known) < 2 or self.known["training"] == 0:
+            return None
+        return self.known["scoring"] / self.known["training"]
+
+    def needs(self, kind: str) -> bool:
+        return kind not in self.known
+
+    def add(self, kind: str, cost: Any) -> None:
+        if not self.timed:
+            self.known[kind] = cost.flops / cost.examples
+        elif kind not in self.known and not cost.counted:  # counting FLOPs slows the step that is counted
+            self.timings[kind].append(cost.seconds / cost.examples)
+            if len(self.timings[kind]) >= TIMED_STEPS:
+                self.known[kind] = median(self.timings[kind])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"known": dict(self.known), "timings": {kind: list(times) for kind, times in self.timings.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.known = dict(state["known"])
+        self.timings = {kind: list(times) for kind, times in state["timings"].items()}
+
+
+def _plain(presample: Any, piece: slice) -> WeightedBatch:
+    data = select_examples(presample, piece)
+    indices = torch.arange(piece.start, piece.stop)
+    return WeightedBatch(data, _beside(torch.ones(len(indices)), data), indices, drawn=False)
+
+
+def _beside(weights: Tensor, data: Any) -> Float[Tensor, " b"]:
+    """The weights in float32 on the device of the data's first tensor."""
+    first = next(leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor))
+    return weights.to(device=first.device, dtype=torch.float32)
+
+
+def _flattened(weights: Tensor, scores: Tensor, exponent: float) -> Tensor:
+    flat = weights**exponent
+    total = (flat * scores).sum()
+    return flat * ((weights * scores).sum() / total) if total > 0 else flat
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

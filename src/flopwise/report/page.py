@@ -1,0 +1,96 @@
+"""The page around the figures: one HTML file with its style and script inside, and the few blocks sections are made of.
+
+Every helper takes plain text and escapes it; only `Section.body` and `page` handle markup.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading (plain text) and what stands below it (markup)."""
+
+    title: str
+    body: str
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """A complete HTML document which needs no other file and makes no request."""
+    resources = files("flopwise.report")
+    style = resources.joinpath("style.css").read_text(encoding="utf-8")
+    script = resources.joinpath("hover.js").read_text(encoding="utf-8")
+    body = "\n".join(f"<section>\n<h2>{escape(section.title)}</h2>\n{section.body}\n</section>" for section in sections)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header><p class="brand">flopwise</p><h1>{escape(title)}</h1></header>
+<main>
+{body}
+</main>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """`kind` is a class of the style sheet: "lead" for the verdict, "note" for small print."""
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def bullets(items: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+
+
+def cards(figures: Sequence[tuple[str, str, str]]) -> str:
+    """Headline figures, each (what it is, its value, a remark)."""
+    blocks = [
+        f'<div class="card"><dt>{escape(name)}</dt>'
+        f"<dd><strong>{escape(value)}</strong><span>{escape(remark)}</span></dd></div>"
+        for name, value, remark in figures
+    ]
+    return f'<dl class="cards">{"".join(blocks)}</dl>'
+
+
+def side_by_side(figures: Sequence[str]) -> str:
+    """Charts in two columns where there is room, in one where there is not."""
+    return f'<div class="pair">{"".join(figures)}</div>'
+
+
+def table(
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    marked: Collection[tuple[int, int]] = (),
+) -> str:
+    """A table whose first column names the rows.
+
+    On a narrow screen each row becomes a block of "column: value" lines; the explicit roles keep it a table for
+    screen readers there. `marked` are the (row, column) cells to highlight, counted from 0.
+    """
+    head = "".join(f'<th scope="col" role="columnheader">{escape(column)}</th>' for column in columns)
+    body = []
+    for i, (name, *values) in enumerate(rows):
+        cells = [f'<th scope="row" role="rowheader">{escape(name)}</th>']
+        for j, (column, value) in enumerate(zip(columns[1:], values, strict=True), start=1):
+            mark = ' class="marked"' if (i, j) in marked else ""
+            cells.append(f'<td role="cell" data-column="{escape(column)}"{mark}>{escape(value)}</td>')
+        body.append(f'<tr role="row">{"".join(cells)}</tr>')
+    return (
+        f'<table role="table"><caption>{escape(caption)}</caption>'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(body)}</tbody></table>'
+    )
