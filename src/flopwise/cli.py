@@ -82,7 +82,7 @@ def demo_importance(
         flops=budget or (importance.FULL_FLOPS if full else importance.QUICK_FLOPS),
         seeds=seeds,
         methods=importance.METHODS[1:] if full else ("rate_scale",),
-        batch_sizes=(32, 64, 128) if full else (64,),
+        batch_sizes=(16, 32, 64) if full else (32,),
         data=None if data is None else str(data.resolve()),
     )
     records, page = out / "records.jsonl", out / "index.html"

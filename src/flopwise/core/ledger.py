@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
@@ -64,7 +64,7 @@ class Ledger:
         self._settle()
         return sum(self.seconds_by_phase.values())
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Ledger":
         if self._frames:
             raise RuntimeError("this Ledger is already counting: leave `with ledger` before it is entered again.")
         if _active.get() is not None:
@@ -95,21 +95,20 @@ class Ledger:
         """
         key = (name, signature(data))
         known = self._known_cost(key)
-        cost = Cost(batch_size(data), None if known is None else int(known), counted=known is None)
-        frame = self._open(_Frame(name, cost.counted))
+        frame = _Frame(name, counting=known is None, key=key, flops=int(known or 0))
+        cost = Cost(self, frame, batch_size(data))
+        self._open(frame)
         if name == "training":
             self.examples += cost.examples
-        if cost.flops is not None:
-            self._book(name, cost.flops)
+        self._book(name, frame.flops)
         try:
             yield cost
         except BaseException:  # a step left half-way (`break` is GeneratorExit here) is no measure of a whole one
             self._close(frame)
             raise
         self._close(frame)
-        cost.seconds = frame.seconds
-        if cost.counted:
-            cost.flops = self._costs[key] = frame.flops
+        if frame.counting:
+            self._costs[key] = frame.flops
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """The batches of `loader`; what the loop does with each is booked as training, see `phase` and `load`."""
@@ -153,14 +152,16 @@ class Ledger:
         """What was spent and what each signature costs, as plain numbers and strings. The open step is in it.
 
         With the costs restored, a resumed run books every step at the same moment as the run that was not interrupted,
-        so whatever follows `budget.share(ledger)` is equal to the last bit.
+        so whatever follows `budget.share(ledger)` is equal to the last bit. Take it at the end of a step: what an open
+        step has cost so far counts as the cost of its signature.
         """
         self._settle()
+        open_steps = {repr(frame.key): frame.flops for frame in self._frames if frame.counting and frame.key}
         return {
             "flops_by_phase": dict(self.flops_by_phase),
             "seconds_by_phase": dict(self.seconds_by_phase),
             "examples": self.examples,
-            "costs": self._restored_costs | {repr(key): flops for key, flops in self._costs.items()},
+            "costs": self._restored_costs | {repr(key): flops for key, flops in self._costs.items()} | open_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,17 +214,27 @@ def active_ledger() -> Ledger | None:
     return _active.get()
 
 
-@dataclass
 class Cost:
-    """What one phase cost: `flops` is known on entry when replayed, otherwise, like `seconds`, after it has ended.
+    """What one phase costs: at once when it is replayed, so far when it is being counted."""
 
-    `counted` tells that FLOPs were counted this time, which slows it: its seconds are no measure.
-    """
+    def __init__(self, ledger: Ledger, frame: "_Frame", examples: int) -> None:
+        self._ledger, self._frame = ledger, frame
+        self.examples = examples
 
-    examples: int
-    flops: int | None = None
-    seconds: float | None = None
-    counted: bool = False
+    @property
+    def flops(self) -> int:
+        self._ledger._settle()
+        return self._frame.flops
+
+    @property
+    def seconds(self) -> float:
+        self._ledger._settle()
+        return self._frame.seconds
+
+    @property
+    def counted(self) -> bool:
+        """Whether FLOPs were counted this time, which slows it: its seconds are no measure."""
+        return self._frame.counting
 
 
 @dataclass(eq=False)
@@ -232,6 +243,7 @@ class _Frame:
 
     name: str | None
     counting: bool
+    key: tuple | None = None  # of the cost to remember
     flops: int = 0
     seconds: float = 0.0
 
@@ -248,13 +260,15 @@ class _Meter:
         if on and self._counter is None:
             self._guard.__enter__()
             self._counter = FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS)
+            self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
             self._counter.__enter__()
             self._taken = 0
         elif not on and self._counter is not None:
             if _get_current_dispatch_mode() is not self._counter.mode:
                 raise RuntimeError(
                     "a TorchDispatchMode was entered inside `with ledger` and is still open: "
-                    "enter it before the ledger, or leave it within the step."
+                    "enter it before the ledger, or leave it within the step. (The loops of two samplers or ledgers, "
+                    "one inside the other, are such a case: nobody could tell whose FLOPs are whose.)"
                 )
             self._counter.__exit__(None, None, None)
             self._guard.__exit__(None, None, None)
@@ -267,6 +281,16 @@ class _Meter:
         total = self._counter.get_total_flops()
         fresh, self._taken = total - self._taken, total
         return fresh
+
+
+class _NoModules:
+    """In place of torch's module tracker, whose global hooks slow every module and make torch.compile warn."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
 class _RefuseUncounted(TorchDispatchMode):

@@ -40,11 +40,14 @@ def inclusion_probabilities(p: Float[Tensor, " n"], draws: Float[Tensor, "*k"]) 
     With p in descending order and m examples certain, the others share draws - m: pi_i = (draws - m) p_i / (p_m + ...).
     m is the first number for which the largest of the others stays below 1.
     """
-    descending = p.sort(descending=True).values
+    descending, order = p.sort(descending=True)
     rest = descending.flip(0).cumsum(0).flip(0)
-    share = (draws[..., None] - torch.arange(len(p))) / rest
-    certain = (share * descending >= 1).sum(-1, keepdim=True).clamp(max=len(p) - 1)
-    return (share.gather(-1, certain) * p).clamp(max=1.0)
+    place = torch.arange(len(p))
+    share = (draws[..., None] - place) / rest
+    certain = (share * descending >= 1).sum(-1, keepdim=True)
+    others = share.gather(-1, certain.clamp(max=len(p) - 1)) * descending
+    pi = torch.where(place < certain, 1.0, others)
+    return torch.empty_like(pi).index_copy_(-1, order, pi)
 
 
 def draw_without_replacement(

@@ -52,7 +52,7 @@ def scoring(models: list[nn.Module], *, statistics: bool = True) -> Iterator[Non
 
 @contextmanager
 def statistics_frozen(models: list[nn.Module]) -> Iterator[None]:
-    """Batch normalisation normalises with the batch, and leaves its running statistics alone: drawn batches are biased."""
+    """Batch normalisation uses the batch and leaves its running statistics alone: a drawn batch is not uniform."""
     norms = [
         module
         for model in models

@@ -34,6 +34,8 @@ def tau(scores: list[float]) -> float:
 
 def inclusion_probabilities(scores: list[float], draws: int) -> list[float]:
     """pi_i proportional to the score, at most 1, adding up to the number of draws."""
+    if draws == len(scores):
+        return [1.0] * draws
     certain: set[int] = set()
     while True:
         rest = sum(s for i, s in enumerate(scores) if i not in certain)

@@ -1,7 +1,7 @@
 """The sampler: presamples in, weighted batches out."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from statistics import median
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from flopwise.core.batch import batch_size as size_of
 from flopwise.core.batch import select_examples
-from flopwise.core.ledger import Ledger, active_ledger
+from flopwise.core.ledger import Cost, Ledger, active_ledger
 from flopwise.importance_sampling.draw import Draw, draw_with_replacement, draw_without_replacement, probabilities
 from flopwise.importance_sampling.gate import Gate, GateRule
 from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen
@@ -56,8 +56,8 @@ class ImportanceSampler:
     The loader yields presamples of B examples, say 4 to 8 times `batch_size`. While the gate is on, a presample is cut
     into pieces of r * batch_size; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||,
     and `batch_size` examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n. While it is off
-    every example is trained on in plain batches, and scores come free from the outputs of the training step. A presample,
-    or its last piece, that is no larger than `batch_size` is trained on whole.
+    every example is trained on in plain batches, and scores come free from the outputs of the training step. A
+    presample, or its last piece, that is no larger than `batch_size` is trained on whole.
 
     Args:
         forward: data -> outputs (logits), dimension 0 the example. It runs without gradient to score, and should be the
@@ -133,6 +133,7 @@ class ImportanceSampler:
         self._largest_weight = 1.0
         self._steps = self._steps_drawn = 0
         self._flops = {"scoring": 0, "training": 0}
+        self._open_step: Cost | None = None
         self._presample, self._position = 0, 0  # where the pass over the loader is
         self._loader_state: Any = None
         self._resuming = False
@@ -246,6 +247,7 @@ class ImportanceSampler:
         while unknown); rate_scale; largest_weight of the last draw; share_on, of all steps so far; scoring_share, of
         all FLOPs spent through this sampler.
         """
+        self._book_step()
         spent = sum(self._flops.values())
         scoring_cost = float("nan") if self._costs.ratio is None else self._costs.ratio
         return {
@@ -267,6 +269,7 @@ class ImportanceSampler:
 
         Tensors, numbers and the loader's own state: `torch.load(weights_only=True)` reads it.
         """
+        self._book_step()
         return {
             "gate": self._gate.state_dict(),
             "generator": self._generator.get_state(),
@@ -317,9 +320,9 @@ class ImportanceSampler:
             with ExitStack() as stack:
                 if batch.drawn:
                     stack.enter_context(statistics_frozen(self.models))
-                cost = stack.enter_context(self._book("training", batch.data))
+                self._open_step = stack.enter_context(self._phase("training", batch.data))
                 yield batch
-            self._costs.add("training", cost)
+                self._book_step()
         self._learn()
 
     def _decide(self, presample: Any, size: int) -> None:
@@ -349,10 +352,11 @@ class ImportanceSampler:
 
     def _score(self, data: Any, *, statistics: bool = True) -> tuple[Float[Tensor, " n"], float | None]:
         """The scores of `data` and, when the loss has a mask, its mean number of unmasked positions."""
-        with scoring(self.models, statistics=statistics), torch.no_grad(), self._book("scoring", data) as cost:
+        with scoring(self.models, statistics=statistics), torch.no_grad(), self._phase("scoring", data) as cost:
             outputs = self.forward(data)
             scores, mask = self._scores_of(outputs, data)
         self._costs.add("scoring", cost)
+        self._flops["scoring"] += cost.flops
         return scores, None if mask is None else float(mask.sum() / len(mask))
 
     def _scores_of(self, outputs: Tensor, data: Any) -> tuple[Float[Tensor, " n"], Tensor | None]:
@@ -383,12 +387,15 @@ class ImportanceSampler:
         if self.callback is not None:
             self.callback(self.metrics())
 
-    @contextmanager
-    def _book(self, phase: str, data: Any) -> Iterator[Any]:
-        ledger = active_ledger() or self._ledger
-        with ledger.phase(phase, data) as cost:
-            yield cost
-        self._flops[phase] += cost.flops or 0
+    def _phase(self, name: str, data: Any) -> AbstractContextManager[Cost]:
+        return (active_ledger() or self._ledger).phase(name, data)
+
+    def _book_step(self) -> None:
+        """Take note of what the open training step costs, once."""
+        if self._open_step is not None:
+            self._costs.add("training", self._open_step)
+            self._flops["training"] += self._open_step.flops
+            self._open_step = None
 
 
 @dataclass
@@ -409,7 +416,7 @@ class _Costs:
     def needs(self, kind: str) -> bool:
         return kind not in self.known
 
-    def add(self, kind: str, cost: Any) -> None:
+    def add(self, kind: str, cost: Cost) -> None:
         if not self.timed:
             self.known[kind] = cost.flops / cost.examples
         elif kind not in self.known and not cost.counted:  # counting FLOPs slows the step that is counted

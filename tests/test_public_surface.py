@@ -1,0 +1,54 @@
+"""What users can import, so that nothing is added or lost unnoticed."""
+
+import subprocess
+import sys
+
+import flopwise
+from flopwise import importance_sampling, report
+
+PUBLIC = {
+    flopwise: {"Budget", "ImportanceSampler", "Ledger", "endless"},
+    importance_sampling: {
+        "ConstantVarianceSampler",
+        "ImportanceSampler",
+        "WeightedBatch",
+        "binary_cross_entropy_score",
+        "cosine",
+        "cross_entropy_score",
+        "effective_sample_size",
+        "gradient_norm_score",
+        "last_layer_gradient_norm",
+        "loss_score",
+        "relative_variance",
+        "squared_error_score",
+        "staircase",
+        "upper_bound_score",
+        "variance_ratio",
+    },
+    report: {"read_records", "write_report"},
+}
+
+
+def test_exactly_these_names_are_exported_and_documented():
+    for module, expected in PUBLIC.items():
+        names = {
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) and not isinstance(value, type(sys))
+        }
+        assert names == expected
+        assert all(vars(module)[name].__doc__ for name in names)
+
+
+def test_importing_leaves_the_process_as_it_was():
+    code = """
+import os, sys, torch, torch.utils.flop_counter, logging
+def state():
+    registry = dict(torch.utils.flop_counter.flop_registry)
+    return dict(os.environ), logging.root.handlers[:], registry, torch.get_rng_state().sum()
+before = state()
+import flopwise
+assert before == state()
+assert not {"typer", "rich", "beartype"} & set(sys.modules), "the library must not import the command line's tools"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
