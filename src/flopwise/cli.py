@@ -82,7 +82,8 @@ def demo_importance(
         flops=budget or (importance.FULL_FLOPS if full else importance.QUICK_FLOPS),
         seeds=seeds,
         methods=importance.METHODS[1:] if full else ("rate_scale",),
-        batch_sizes=(16, 32, 64) if full else (32,),
+        rates=(0.0005, 0.001, 0.002) if full else (0.001, 0.002, 0.004),
+        batch_sizes=(8, 16, 32) if full else (32,),
         data=None if data is None else str(data.resolve()),
     )
     records, page = out / "records.jsonl", out / "index.html"

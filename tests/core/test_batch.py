@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flopwise import endless
-from flopwise.core.batch import batch_size, select_examples, signature
+from flopwise.core.batch import Examples
 
 
 @pytest.mark.parametrize(
@@ -18,31 +18,34 @@ from flopwise.core.batch import batch_size, select_examples, signature
 )
 def test_bad_batches_are_named(data, error, says):
     with pytest.raises(error, match=says):
-        batch_size(data)
+        Examples(data)
 
 
 def test_examples_are_selected_in_every_tensor_of_any_pytree():
     data = {"x": torch.arange(8).view(4, 2), "more": [torch.arange(4), None]}
-    assert batch_size(data) == 4
-    chosen = select_examples(data, torch.tensor([3, 1, 3]))
-    assert chosen["x"].tolist() == [[6, 7], [2, 3], [6, 7]]
-    assert chosen["more"][0].tolist() == [3, 1, 3] and chosen["more"][1] is None
-    piece = select_examples(data, slice(1, 3))
-    assert piece["x"].data_ptr() == data["x"][1:].data_ptr()
+    examples = Examples(data)
+    assert len(examples) == 4 and examples.data["more"][1] is None
+    chosen = examples[torch.tensor([3, 1, 3])]
+    assert len(chosen) == 3
+    assert chosen.data["x"].tolist() == [[6, 7], [2, 3], [6, 7]]
+    assert chosen.data["more"][0].tolist() == [3, 1, 3] and chosen.data["more"][1] is None
+    piece = examples[1:30]
+    assert len(piece) == 3
+    assert piece.data["x"].data_ptr() == data["x"][1:].data_ptr()
 
 
 def test_selection_happens_on_the_device_of_the_data():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        x = torch.empty(8, 3, device="cuda")
-        assert select_examples((x,), torch.tensor([1, 2]))[0].device.type == "cuda"
+        drawn = Examples((torch.empty(8, 3, device="cuda"),))[torch.tensor([1, 2])]
+        assert drawn.data[0].device.type == drawn.device.type == "cuda"
 
 
 def test_the_signature_sees_structure_shape_and_dtype_not_values():
     x = torch.ones(2, 3)
-    assert signature((x,)) == signature((x * 5,))
-    assert len({signature(d) for d in ((x,), [x], x, (x.double(),), (x[:1],), {"x": x})}) == 6
+    assert Examples((x,)).signature == Examples((x * 5,)).signature
+    assert len({Examples(d).signature for d in ((x,), [x], x, (x.double(),), (x[:1],), {"x": x})}) == 6
 
 
 def test_endless_goes_round_and_refuses_a_used_up_iterator():

@@ -117,12 +117,21 @@ def test_the_variance_that_the_gate_expects_is_the_one_that_happens(
     assert predicted == pytest.approx(measured, rel=0.12)
 
 
+def test_the_true_norms_tell_what_a_score_is_really_worth(generator: torch.Generator):
+    norms = heavy_tailed(400, generator)
+    exact = relative_variance(norms, 3.0)
+    assert relative_variance(norms, 3.0, norms=norms) == exact
+    shuffled = norms[torch.randperm(400, generator=generator)]
+    assert relative_variance(shuffled, 3.0) == pytest.approx(exact)  # what it claims
+    assert relative_variance(shuffled, 3.0, norms=norms) > 1  # what it does
+
+
 def test_several_ratios_at_once(generator: torch.Generator):
     scores = heavy_tailed(200, generator)
     ratios = torch.tensor([1.5, 2.0, 6.0])
     for draw in DRAWS:
         one_by_one = [relative_variance(scores, float(r), draw=draw) for r in ratios]  # type: ignore[arg-type]
-        assert relative_variances(scores, ratios, draw, 0.1).tolist() == pytest.approx(one_by_one)  # type: ignore[arg-type]
+        assert relative_variances(scores, ratios, draw, 0.1, scores).tolist() == pytest.approx(one_by_one)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="above 1"):
         relative_variance(scores, 1.0)
 

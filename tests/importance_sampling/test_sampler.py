@@ -252,7 +252,7 @@ class TestGate:
 
     def test_seconds_are_timed_then_frozen(self):
         sampler = make_sampler(gate="auto", cost="seconds")
-        self.run(sampler, examples(256), 64, 64)
+        self.run(sampler, examples(256), 64, 128)
         known = dict(sampler._costs.known)
         assert set(known) == {"scoring", "training"} and all(v > 0 for v in known.values())
         self.run(sampler, examples(256), 64, 64)

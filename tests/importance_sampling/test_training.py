@@ -1,5 +1,7 @@
 """Inside real training: batch normalisation, dropout, mixed precision, accumulation, checkpointing, budgets."""
 
+import functools
+
 import pytest
 import torch
 from problems import Presamples, examples, forward_of, loss, network, seeded
@@ -72,6 +74,12 @@ class TestModes:
         assert find_models(forward_of(model)) == [model]
         assert find_models(lambda data: model(data[0])) == [model]
 
+        @functools.wraps(forward_of(model))
+        def decorated(data):
+            return None
+
+        assert find_models(decorated) == [model]
+
 
 def train(sampler, model, loader, steps, *, scaler=None, scheduler=None, accumulate=1):
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
@@ -117,10 +125,12 @@ def test_grad_scaler_changes_nothing():
 
 def test_scores_of_an_overflow_are_left_out():
     model = network()
-    sampler = ImportanceSampler(forward_of(model), loss, batch_size=8)
-    (batch,) = list(sampler.batches([examples(8)]))
-    (sampler.loss(model(batch.data[0]), batch) * float("inf")).backward()
-    assert sampler._scores == []
+    sampler, before = ImportanceSampler(forward_of(model), loss, batch_size=8), {}
+    for factor in (1.0, float("inf")):
+        for batch in sampler.batches([examples(8)]):
+            (sampler.loss(model(batch.data[0]), batch) * factor).backward()
+        before = sampler.metrics() if factor == 1.0 else before
+    assert sampler.metrics()["tau2"] == before["tau2"] > 1
 
 
 def test_regularisers_on_the_outputs_are_not_scored():

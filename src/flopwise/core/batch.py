@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -33,19 +32,52 @@ class endless(Generic[T]):
                 raise ValueError("the loader yielded nothing in a whole pass: is it an iterator that was used up?")
 
 
-def batch_size(data: Any) -> int:
-    """The number of examples in a batch: the first dimension, which all its tensors must share.
+class Examples:
+    """A batch, taken apart once: its tensors, which share dimension 0, the example, and the structure around them.
 
     Raises:
         TypeError: the batch holds something other than tensors and None, or no tensor at all.
         ValueError: the tensors disagree about the number of examples, or there are none.
     """
-    leaves = [leaf for leaf in pytree.tree_leaves(data) if leaf is not None]
-    if leaves and all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
-        size = len(leaves[0])
-        if size > 0 and all(len(leaf) == size for leaf in leaves):
-            return size
-    raise _complaint(data)
+
+    def __init__(self, data: Any) -> None:
+        leaves, self.structure = pytree.tree_flatten(data)
+        tensors = [leaf for leaf in leaves if leaf is not None]
+        sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in tensors}
+        if len(sizes) != 1 or 0 in sizes:
+            raise _complaint(data)
+        self.leaves: list[Tensor | None] = leaves
+        self.device = tensors[0].device
+        (self.size,) = sizes
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Tensor | slice) -> "Examples":
+        """The examples that `index` names: a slice, which copies nothing, or integers on any device."""
+        part = object.__new__(Examples)
+        part.structure, part.device = self.structure, self.device
+        if isinstance(index, slice):
+            part.leaves = [None if leaf is None else leaf[index] for leaf in self.leaves]
+            part.size = len(range(self.size)[index])
+        else:
+            index = index.to(self.device)
+            part.leaves = [
+                None if leaf is None else leaf.index_select(0, index.to(leaf.device)) for leaf in self.leaves
+            ]
+            part.size = len(index)
+        return part
+
+    @property
+    def data(self) -> Any:
+        """The batch, put together again."""
+        return pytree.tree_unflatten(self.leaves, self.structure)
+
+    @property
+    def signature(self) -> tuple:
+        """What decides the cost of a computation on the batch: structure, shapes, dtypes, devices, never values."""
+        kinds = [None if leaf is None else (leaf.shape, leaf.dtype, leaf.device) for leaf in self.leaves]
+        return self.structure, *kinds
 
 
 def _complaint(data: Any) -> Exception:
@@ -72,23 +104,3 @@ def _complaint(data: Any) -> Exception:
         found = ", ".join(f"{where}: {size}" for size, where in sizes.items())
         return ValueError(f"the tensors of a batch share dimension 0, the example; got {found}.")
     return ValueError("a batch holds at least one example; got tensors whose dimension 0 is 0.")
-
-
-def select_examples(data: Any, index: Tensor | slice) -> Any:
-    """The examples that `index` (integers on any device, or a slice, which copies nothing) names, as a batch."""
-
-    def of(leaf: Tensor | None) -> Tensor | None:
-        if leaf is None:
-            return None
-        return leaf[index] if isinstance(index, slice) else leaf.index_select(0, index.to(leaf.device))
-
-    return pytree.tree_map(of, data)
-
-
-def signature(data: Any) -> tuple:
-    """What decides the cost of a computation on `data`: structure, shapes, dtypes and devices, never values."""
-    leaves, structure = pytree.tree_flatten(data)
-    return (
-        structure,
-        *((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in leaves),
-    )

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from flopwise.core.batch import batch_size, signature
+from flopwise.core.batch import Examples
 
 T = TypeVar("T")
 
@@ -88,15 +88,15 @@ class Ledger:
             self._close(frame)
 
     @contextmanager
-    def phase(self, name: str, data: Any) -> Iterator["Cost"]:
-        """Books what runs inside under `name`: counted the first time `data` has this signature, then replayed.
+    def phase(self, name: str, examples: Examples) -> Iterator["Cost"]:
+        """Books what runs inside under `name`: counted the first time `examples` have this signature, then replayed.
 
         Replayed FLOPs are booked on entry, so that `spent` is right while the last step is still open.
         """
-        key = (name, signature(data))
+        key = (name, examples.signature)
         known = self._known_cost(key)
         frame = _Frame(name, counting=known is None, key=key, flops=int(known or 0))
-        cost = Cost(self, frame, batch_size(data))
+        cost = Cost(self, frame, len(examples))
         self._open(frame)
         if name == "training":
             self.examples += cost.examples
@@ -113,7 +113,7 @@ class Ledger:
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """The batches of `loader`; what the loop does with each is booked as training, see `phase` and `load`."""
         for data in self.load(loader):
-            with self.phase("training", data):
+            with self.phase("training", Examples(data)):
                 yield data
 
     def load(self, loader: Iterable[T]) -> Iterator[T]:
@@ -135,9 +135,9 @@ class Ledger:
                 finally:
                     self._close(frame)
                 if per_example is None:
-                    self._costs[LOADING] = frame.flops / batch_size(data)
-                else:
-                    self._book("loading", round(per_example * batch_size(data)))
+                    self._costs[LOADING] = frame.flops / len(Examples(data))
+                elif per_example > 0:
+                    self._book("loading", round(per_example * len(Examples(data))))
                 yield data
         finally:
             if outside is not None:

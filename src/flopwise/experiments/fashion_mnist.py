@@ -3,6 +3,7 @@
 import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ class Augmented:
         self.batch = state["batch"]
 
     def _generator(self, use: int, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed((2 * self.seed + use) * 2**40 + number)
+        """One for each seed, use and number: hashed, since torch's CPU generator looks at 32 bits of a seed only."""
+        digest = blake2b(f"{self.seed} {use} {number}".encode(), digest_size=4).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
 def normalise(pixels: UInt8[Tensor, "b 1 28 28"]) -> Float[Tensor, "b 1 28 28"]:

@@ -20,7 +20,7 @@ from flopwise.experiments.runner import Records, run_all
 from flopwise.importance_sampling import ImportanceSampler, cosine
 from flopwise.importance_sampling.gate import GateRule
 
-QUICK_FLOPS, FULL_FLOPS = 2.5e12, 8e12
+QUICK_FLOPS, FULL_FLOPS = 2.5e12, 5e12
 PRESAMPLE_RATIO = {"paper": 3, "same_rate": 6, "rate_scale": 6}
 CURVE_POINTS = 12
 CHECKPOINT_SECONDS = 10.0
@@ -45,8 +45,8 @@ class Plan:
     flops: float = QUICK_FLOPS
     seeds: int = 3
     methods: tuple[str, ...] = ("rate_scale",)
-    rates: tuple[float, ...] = (0.001, 0.002, 0.004)
-    batch_sizes: tuple[int, ...] = (32,)
+    rates: tuple[float, ...] = (0.0005, 0.001, 0.002)
+    batch_sizes: tuple[int, ...] = (8, 16, 32)
     data: str | None = None
 
 
@@ -189,7 +189,8 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
                 progress(share)
                 if share * CURVE_POINTS >= len(record["curve"]):
                     record["curve"].append(_point(model, sampler, run, ledger, share, train_set, test_set))
-                if share >= 0.5 and record["variance_ratio"] is None and run.seed == 0 and run.method != "uniform":
+                known = sampler.metrics()["ratio"] > 1
+                if share >= 0.5 and record["variance_ratio"] is None and run.seed == 0 and known:
                     record["variance_ratio"] = {
                         "predicted": sampler.metrics()["R"],
                         "measured": measured_variance(model, sampler, run, train_set),

@@ -41,7 +41,7 @@ class Records:
         return next((record for record in self.all if record["run"] == wanted), None)
 
     def add(self, run: Run, record: Record) -> Record:
-        record = {"run": asdict(run), **record, **provenance()}
+        record = {**record, "run": asdict(run), **provenance()}
         line = json.dumps(_without_nan(record))
         with self.path.open("a") as file:
             file.write(line + "\n")

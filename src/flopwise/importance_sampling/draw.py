@@ -19,35 +19,44 @@ def probabilities(scores: Float[Tensor, " n"], smoothing: float) -> Float[Tensor
         ValueError: a score is negative, infinite or not a number.
     """
     scores = scores.detach().double().cpu()
-    bad = ~(scores.isfinite() & (scores >= 0))
-    if bad.any():
-        where = bad.nonzero()[:, 0].tolist()
-        raise ValueError(
-            f"scores are finite and not negative; examples {where[:8]} of {len(scores)} have "
-            f"{[float(scores[i]) for i in where[:8]]}. The model diverged (lower the learning rate) or these inputs "
-            "are broken: look at them before they are trained on."
-        )
+    smallest, largest = scores.aminmax()
+    if not (smallest >= 0 and largest < float("inf")):  # false for NaN, too
+        raise _complaint(scores)
     mean = scores.mean()
     if mean == 0:
         return torch.full_like(scores, 1 / len(scores))
-    scores = scores + FLOOR * mean
-    return (1 - smoothing) * scores / scores.sum() + smoothing / len(scores)
+    floored = scores + FLOOR * mean
+    return floored * ((1 - smoothing) / floored.sum()) + smoothing / len(scores)
+
+
+def _complaint(scores: Float[Tensor, " n"]) -> ValueError:
+    where = (~(scores.isfinite() & (scores >= 0))).nonzero()[:, 0].tolist()
+    return ValueError(
+        f"scores are finite and not negative; examples {where[:8]} of {len(scores)} have "
+        f"{[float(scores[i]) for i in where[:8]]}. The model diverged (lower the learning rate) or these inputs "
+        "are broken: look at them before they are trained on."
+    )
 
 
 def inclusion_probabilities(p: Float[Tensor, " n"], draws: Float[Tensor, "*k"]) -> Float[Tensor, "*k n"]:
-    """pi_i = min(1, k p_i), the excess handed on to the others until sum pi = draws; one row for each of `draws`.
-
-    With p in descending order and m examples certain, the others share draws - m: pi_i = (draws - m) p_i / (p_m + ...).
-    m is the first number for which the largest of the others stays below 1.
-    """
+    """pi_i = min(1, k p_i), the excess handed on to the others until sum pi = draws; one row for each of `draws`."""
     descending, order = p.sort(descending=True)
-    rest = descending.flip(0).cumsum(0).flip(0)
-    place = torch.arange(len(p))
-    share = (draws[..., None] - place) / rest
-    certain = (share * descending >= 1).sum(-1, keepdim=True)
-    others = share.gather(-1, certain.clamp(max=len(p) - 1)) * descending
-    pi = torch.where(place < certain, 1.0, others)
+    pi = descending_inclusion_probabilities(descending, draws)
     return torch.empty_like(pi).index_copy_(-1, order, pi)
+
+
+def descending_inclusion_probabilities(p: Float[Tensor, " n"], draws: Float[Tensor, "*k"]) -> Float[Tensor, "*k n"]:
+    """The same for p in descending order.
+
+    With m examples certain, the others share draws - m: pi_i = (draws - m) p_i / (p_m + p_{m+1} + ...). m is the first
+    number for which the largest of the others stays below 1.
+    """
+    place = torch.arange(len(p))
+    rest = p.flip(0).cumsum(0).flip(0)
+    share = (draws[..., None] - place) / rest
+    certain = (share * p >= 1).sum(-1, keepdim=True)
+    others = share.gather(-1, certain.clamp(max=len(p) - 1)) * p
+    return torch.where(place < certain, 1.0, others)
 
 
 def draw_without_replacement(

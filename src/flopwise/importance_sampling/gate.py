@@ -12,6 +12,7 @@ from flopwise.importance_sampling.variance import cost_adjusted, moving_average,
 
 GateRule = Literal["auto", "paper", "always", "never"]
 RATIOS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+_RATIOS = torch.tensor(RATIOS, dtype=torch.float64)
 MARGIN = 0.1  # "auto" switches on below R = 1 - MARGIN, and off above R = 1
 PATIENCE = 20  # presamples between two changes of the ratio
 WORTH_CHANGING = 0.02  # of R
@@ -39,13 +40,15 @@ class Gate:
     updates: int = 0
     changed_at: int = 0
 
-    def update(self, scores: Float[Tensor, " n"]) -> None:
-        """Learn from the scores of a whole presample (uniform data, whether it was sampled from or not)."""
+    def update(self, scores: Float[Tensor, " n"]) -> float:
+        """Learn from the scores of a whole presample (uniform data, sampled from or not) and return their tau^2."""
+        tau2 = variance_ratio(scores)
         self.updates += 1
-        self.tau = moving_average(self.tau, variance_ratio(scores) ** 0.5)
-        new = relative_variances(scores, torch.tensor(RATIOS), self.draw, self.smoothing).tolist()
+        self.tau = moving_average(self.tau, tau2**0.5)
+        new = relative_variances(scores, _RATIOS, self.draw, self.smoothing, scores).tolist()
         for ratio, variance in zip(RATIOS, new, strict=True):
             self.variances[ratio] = moving_average(self.variances[ratio], variance)
+        return tau2
 
     def decide(self, largest_ratio: float, scoring_cost: float | None) -> None:
         """Set `on` and `ratio` for the next batch. Unknown costs keep "auto" and "paper" off."""

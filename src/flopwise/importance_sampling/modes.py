@@ -15,6 +15,7 @@ def find_models(forward: Callable[[Any], Any]) -> list[nn.Module]:
     Raises:
         ValueError: none is in sight.
     """
+    forward = inspect.unwrap(forward)
     if isinstance(forward, nn.Module):
         return [forward]
     owner = getattr(forward, "__self__", None)

@@ -1,7 +1,7 @@
 """The sampler: presamples in, weighted batches out."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from statistics import median
@@ -10,16 +10,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from flopwise.core.batch import batch_size as size_of
-from flopwise.core.batch import select_examples
+from flopwise.core.batch import Examples
 from flopwise.core.ledger import Cost, Ledger, active_ledger
 from flopwise.importance_sampling.draw import Draw, draw_with_replacement, draw_without_replacement, probabilities
 from flopwise.importance_sampling.gate import Gate, GateRule
 from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen
 from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
-from flopwise.importance_sampling.variance import effective_sample_size, variance_ratio
 
 TIMED_STEPS = 10  # with cost="seconds": timings of each kind before their medians are frozen
 
@@ -160,7 +157,7 @@ class ImportanceSampler:
             if skip > 0:
                 skip -= 1
                 continue
-            yield from self._use(presample)
+            yield from self._use(Examples(presample))
             self._presample, self._position = self._presample + 1, 0
 
     def _positioned(self, loader: Iterable[Any], stateful: bool) -> Iterator[Any]:
@@ -179,7 +176,8 @@ class ImportanceSampler:
 
         A presample no larger than `batch_size` comes back whole, with weights 1.
         """
-        batch = self._draw(presample, slice(0, size_of(presample)))
+        examples = Examples(presample)
+        batch = self._draw(examples, slice(0, len(examples)))[0]
         self._learn()
         return batch
 
@@ -195,16 +193,21 @@ class ImportanceSampler:
         if record:
             outputs = outputs.view_as(outputs)  # an alias: its gradient is this loss's alone, without regularisers
         losses, mask = split_losses(self.loss_per_example(outputs, batch.data), len(batch.weights))
-        rows = losses.flatten(1) if losses.ndim > 1 else losses[:, None]
-        positions = float(rows.shape[1]) if mask is None else batch.positions
-        if positions is None:
-            positions = mask.sum() / len(mask)  # type: ignore[union-attr]
+        positions = 1.0
+        if mask is not None:
+            positions = mask.sum() / len(mask) if batch.positions is None else batch.positions
+            losses = losses.flatten(1).sum(1) / positions if losses.ndim > 1 else losses / positions
+        elif losses.ndim > 1:
+            positions = losses[0].numel()
+            losses = losses.flatten(1).mean(1)
         if record and self.score is None:
             scale = len(batch.weights) * positions
-            outputs.register_hook(lambda gradient: self._record(scale * score_from_gradient(gradient)))
+            outputs.grad_fn.register_prehook(  # type: ignore[union-attr]
+                lambda gradients: self._scores.append((scale * score_from_gradient(gradients[0].detach())).cpu())
+            )
         elif record:
-            self._record(self._scores_of(outputs.detach(), batch.data)[0])
-        return (batch.weights * rows.sum(1)).mean() / positions
+            self._scores.append(self._scores_of(outputs.detach(), batch.data)[0])
+        return (batch.weights * losses).mean() if batch.drawn else losses.mean()
 
     @property
     def rate_scale(self) -> float:
@@ -300,45 +303,42 @@ class ImportanceSampler:
         """Examples per drawn batch."""
         return self.batch_size
 
-    def _use(self, presample: Any) -> Iterator[WeightedBatch]:
+    def _use(self, presample: Examples) -> Iterator[WeightedBatch]:
         """The batches of one presample, from `_position` on."""
-        size = size_of(presample)
+        size, undecided = len(presample), True
         while self._position < size:
             left = size - self._position
-            if self._steps % self.accumulate == 0:
-                self._decide(presample, size)
+            if undecided and self._steps % self.accumulate == 0:
+                self._decide(presample)
+                undecided = False
             if self._gate.on and left > self.batch_size:
                 pieces = max(1, round(left / (self._gate.ratio * self.batch_size)))
                 piece = slice(self._position, self._position + ceil(left / pieces))
-                batch = self._draw(presample, piece)
+                batch, examples = self._draw(presample, piece)
             else:
                 piece = slice(self._position, min(size, self._position + self.batch_size))
-                batch = _plain(presample, piece)
+                batch, examples = _plain(presample, piece)
             self._position = piece.stop
             self._steps += 1
             self._steps_drawn += batch.drawn
-            with ExitStack() as stack:
-                if batch.drawn:
-                    stack.enter_context(statistics_frozen(self.models))
-                self._open_step = stack.enter_context(self._phase("training", batch.data))
+            statistics = statistics_frozen(self.models) if batch.drawn else nullcontext()
+            with statistics, self._phase("training", examples) as self._open_step:
                 yield batch
                 self._book_step()
         self._learn()
 
-    def _decide(self, presample: Any, size: int) -> None:
+    def _decide(self, presample: Examples) -> None:
         """Let the gate decide, after making sure that it knows what scoring costs."""
         if self._gate.rule in ("auto", "paper") and self._costs.needs("scoring"):
-            piece = slice(self._position, min(size, self._position + self.batch_size))
-            self._score(presample if piece == slice(0, size) else select_examples(presample, piece), statistics=False)
-        self._gate.decide(size / self.batch_size, self._costs.ratio)
+            self._score(presample[self._position : self._position + self.batch_size], statistics=False)
+        self._gate.decide(len(presample) / self.batch_size, self._costs.ratio)
 
-    def _draw(self, presample: Any, piece: slice) -> WeightedBatch:
+    def _draw(self, presample: Examples, piece: slice) -> tuple[WeightedBatch, Examples]:
         """Score a piece of the presample and draw from it."""
-        examples = piece.stop - piece.start
         draws = self.draw_size()
-        if examples <= draws:
+        if piece.stop - piece.start <= draws:
             return _plain(presample, piece)
-        candidates = select_examples(presample, piece)
+        candidates = presample[piece]
         scores, positions = self._score(candidates)
         self._scores.append(scores)
         p = probabilities(scores, self._gate.smoothing)
@@ -347,12 +347,14 @@ class ImportanceSampler:
         if self.weight_exponent < 1:
             weights = _flattened(weights, scores[indices], self.weight_exponent)
         self._largest_weight = float(weights.max())
-        data = select_examples(candidates, indices)
-        return WeightedBatch(data, _beside(weights, data), indices + piece.start, True, positions)
+        drawn = candidates[indices]
+        weights = weights.to(drawn.device, torch.float32)
+        return WeightedBatch(drawn.data, weights, indices + piece.start, True, positions), drawn
 
-    def _score(self, data: Any, *, statistics: bool = True) -> tuple[Float[Tensor, " n"], float | None]:
-        """The scores of `data` and, when the loss has a mask, its mean number of unmasked positions."""
-        with scoring(self.models, statistics=statistics), torch.no_grad(), self._phase("scoring", data) as cost:
+    def _score(self, examples: Examples, *, statistics: bool = True) -> tuple[Float[Tensor, " n"], float | None]:
+        """The scores of `examples` and, when the loss has a mask, their mean number of unmasked positions."""
+        data = examples.data
+        with scoring(self.models, statistics=statistics), torch.no_grad(), self._phase("scoring", examples) as cost:
             outputs = self.forward(data)
             scores, mask = self._scores_of(outputs, data)
         self._costs.add("scoring", cost)
@@ -372,23 +374,19 @@ class ImportanceSampler:
             _, mask = split_losses(self.loss_per_example(outputs, data), len(outputs))
         return scores.detach().float().cpu(), mask
 
-    def _record(self, scores: Float[Tensor, " b"]) -> None:
-        """Keep the scores of a plain batch, unless a GradScaler has just overflowed."""
-        if scores.isfinite().all():
-            self._scores.append(scores.cpu())
-
     def _learn(self) -> None:
         """Update the gate with the scores of the presample that was used up."""
-        if self._scores:
-            scores = torch.cat(self._scores)
-            self._scores = []
-            self._gate.update(scores)
-            self._last = {"tau2": variance_ratio(scores), "ess": effective_sample_size(scores)}
+        scores = torch.cat(self._scores) if self._scores else torch.empty(0)
+        self._scores = []
+        scores = scores[scores.isfinite()]  # what a GradScaler overflowed says nothing about the examples
+        if len(scores):
+            tau2 = self._gate.update(scores)
+            self._last = {"tau2": tau2, "ess": len(scores) / tau2}
         if self.callback is not None:
             self.callback(self.metrics())
 
-    def _phase(self, name: str, data: Any) -> AbstractContextManager[Cost]:
-        return (active_ledger() or self._ledger).phase(name, data)
+    def _phase(self, name: str, examples: Examples) -> AbstractContextManager[Cost]:
+        return (active_ledger() or self._ledger).phase(name, examples)
 
     def _book_step(self) -> None:
         """Take note of what the open training step costs, once."""
@@ -432,16 +430,10 @@ class _Costs:
         self.timings = {kind: list(times) for kind, times in state["timings"].items()}
 
 
-def _plain(presample: Any, piece: slice) -> WeightedBatch:
-    data = select_examples(presample, piece)
-    indices = torch.arange(piece.start, piece.stop)
-    return WeightedBatch(data, _beside(torch.ones(len(indices)), data), indices, drawn=False)
-
-
-def _beside(weights: Tensor, data: Any) -> Float[Tensor, " b"]:
-    """The weights in float32 on the device of the data's first tensor."""
-    first = next(leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor))
-    return weights.to(device=first.device, dtype=torch.float32)
+def _plain(presample: Examples, piece: slice) -> tuple[WeightedBatch, Examples]:
+    examples = presample[piece]
+    weights = torch.ones(len(examples), device=examples.device)
+    return WeightedBatch(examples.data, weights, torch.arange(piece.start, piece.stop), drawn=False), examples
 
 
 def _flattened(weights: Tensor, scores: Tensor, exponent: float) -> Tensor:

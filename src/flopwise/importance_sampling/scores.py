@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from flopwise.core.batch import batch_size, select_examples
+from flopwise.core.batch import Examples
 
 # One loss per example, (b,) or (b, T, ...), unreduced; or that and a mask of its shape, True = the position counts.
 Losses = Tensor | tuple[Tensor, Tensor]
@@ -169,12 +169,11 @@ def gradient_norm_score(
         gradients = torch.func.grad(example_loss)(parameters, example)
         return torch.stack([g.pow(2).sum() for g in gradients.values()]).sum()
 
-    examples = (inputs, targets)
-    size = batch_size(examples)
+    examples = Examples((inputs, targets))
     return torch.cat(
         [
-            torch.func.vmap(squared_norm)(select_examples(examples, slice(start, start + chunk)))
-            for start in range(0, size, chunk)
+            torch.func.vmap(squared_norm)(examples[start : start + chunk].data)
+            for start in range(0, len(examples), chunk)
         ]
     ).sqrt()
 

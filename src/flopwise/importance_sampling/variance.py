@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flopwise.importance_sampling.draw import Draw, inclusion_probabilities, probabilities
+from flopwise.importance_sampling.draw import Draw, descending_inclusion_probabilities, probabilities
 
 
 def variance_ratio(scores: Float[Tensor, " n"]) -> float:
@@ -26,7 +26,12 @@ def effective_sample_size(scores: Float[Tensor, " n"]) -> float:
 
 
 def relative_variance(
-    scores: Float[Tensor, " n"], ratio: float, *, draw: Draw = "without_replacement", smoothing: float = 0.1
+    scores: Float[Tensor, " n"],
+    ratio: float,
+    *,
+    draw: Draw = "without_replacement",
+    smoothing: float = 0.1,
+    norms: Float[Tensor, " n"] | None = None,
 ) -> float:
     """The variance of a weighted step relative to a uniform step on as many examples, at presample ratio r = B / b.
 
@@ -40,26 +45,29 @@ def relative_variance(
     Args:
         scores: stand for the presample of every ratio; more scores, steadier estimate.
         ratio: r, above 1.
+        norms: the true gradient norms, in place of the scores in S_i^2 (not in pi_i, p_i): what drawing by these scores
+            is really worth, rather than what they claim.
     """
     if not ratio > 1:
         raise ValueError(f"ratio is presample over batch, above 1; got {ratio}.")
-    return float(relative_variances(scores, torch.tensor([ratio]), draw, smoothing)[0])
+    norms = scores if norms is None else norms
+    return float(relative_variances(scores, torch.tensor([ratio]), draw, smoothing, norms)[0])
 
 
 def relative_variances(
-    scores: Float[Tensor, " n"], ratios: Float[Tensor, " k"], draw: Draw, smoothing: float
+    scores: Float[Tensor, " n"], ratios: Float[Tensor, " k"], draw: Draw, smoothing: float, norms: Float[Tensor, " n"]
 ) -> Float[Tensor, " k"]:
     """`relative_variance` at several ratios."""
     ratios = ratios.double()
-    p = probabilities(scores, smoothing)
-    squares = scores.detach().double().cpu().pow(2)
-    if not squares.any():
+    p, order = probabilities(scores, smoothing).sort(descending=True)
+    squares = norms.detach().double().cpu()[order].square()
+    total = squares.sum()
+    if total == 0:
         return torch.ones_like(ratios)
-    squares = squares / squares.mean()
     if draw == "with_replacement":
-        return 1 / ratios + (squares / p).sum() / len(p) ** 2
-    pi = inclusion_probabilities(p, len(p) / ratios)
-    return (1 + ((1 - pi) / pi) @ squares / len(p)) / ratios
+        return 1 / ratios + (squares / p).sum() / (total * len(p))
+    pi = descending_inclusion_probabilities(p, len(p) / ratios)
+    return (1 + (1 / pi - 1) @ squares / total) / ratios
 
 
 def cost_adjusted(variance: float, ratio: float, scoring_cost: float) -> float:
