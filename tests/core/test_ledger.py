@@ -141,11 +141,13 @@ def test_pauses_cost_nothing():
             layer(data)
             with ledger.paused():
                 layer(torch.randn(100, D))
+                for probe in ledger.batches(torch.randn(n, D) @ torch.randn(D, D) for n in (50, 50)):
+                    layer(probe).sum().backward()
         seconds = ledger.seconds
         with ledger.paused():
             torch.randn(400, 400) @ torch.randn(400, 400)
             assert ledger.seconds == pytest.approx(seconds, abs=2e-3)
-    assert ledger.flops == 2 * 2 * 4 * D * E
+    assert ledger.flops == 2 * 2 * 4 * D * E and ledger.examples == 8
 
 
 def test_what_the_loader_spends_is_loading():

@@ -20,6 +20,12 @@ from flopwise.experiments.runner import Records, run_all
 TINY = 2e10
 
 
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "CURVE_POINTS", 2)
+    monkeypatch.setattr(importance, "VARIANCE_DRAWS", 5)
+
+
 @pytest.mark.parametrize("method", importance.METHODS)
 def test_every_method_spends_the_same(method: str, tmp_path: Path):
     record = train(Run(method, 0, 1e-3, 32, TINY), tmp_path / "no.pt")

@@ -97,6 +97,9 @@ class Ledger:
         known = self._known_cost(key)
         frame = _Frame(name, counting=known is None, key=key, flops=int(known or 0))
         cost = Cost(self, frame, len(examples))
+        if self._paused:  # a probe that must not cost anything
+            yield cost
+            return
         self._open(frame)
         if name == "training":
             self.examples += cost.examples
@@ -122,6 +125,9 @@ class Ledger:
         Counted for the first item, then replayed in proportion to the number of examples. The consumer's own
         bookkeeping between two items costs no FLOPs worth counting, and is not.
         """
+        if self._paused:
+            yield from loader
+            return
         outside = self._open(_Frame("other", counting=False)) if self._frames else None
         try:
             iterator = iter(loader)
@@ -170,6 +176,10 @@ class Ledger:
         self.seconds_by_phase = dict(state["seconds_by_phase"])
         self.examples = state["examples"]
         self._restored_costs = dict(state["costs"])
+
+    @property
+    def _paused(self) -> bool:
+        return any(frame.name is None for frame in self._frames)
 
     def _known_cost(self, key: tuple) -> float | None:
         flops = self._costs.get(key)
