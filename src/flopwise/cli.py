@@ -79,7 +79,7 @@ def demo_importance(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
     plan = importance.Plan(
-        flops=budget or (importance.FULL_FLOPS if full else importance.QUICK_FLOPS),
+        flops=budget or importance.FLOPS,
         seeds=seeds,
         methods=importance.METHODS[1:] if full else ("rate_scale",),
         rates=(0.0005, 0.001, 0.002) if full else (0.001, 0.002, 0.004),

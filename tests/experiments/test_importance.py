@@ -116,7 +116,8 @@ def test_the_command_makes_a_page_and_goes_on_where_it_stopped(tmp_path: Path, m
     assert (out / "records.jsonl").read_text() == records
 
 
-def test_ctrl_c_leaves_a_page_and_a_checkpoint(tmp_path: Path):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_demo_leaves_checkpoints_and_no_processes(by: signal.Signals, tmp_path: Path):
     command = "from flopwise.cli import app; app()"
     process = subprocess.Popen(
         [sys.executable, "-c", command, "demo", "importance", "--budget", "1e12", "--out", str(tmp_path)],
@@ -127,10 +128,22 @@ def test_ctrl_c_leaves_a_page_and_a_checkpoint(tmp_path: Path):
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
         time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert "<html" in (tmp_path / "index.html").read_text()
+    if by == signal.SIGINT:  # Ctrl-C reaches the whole group
+        os.killpg(process.pid, by)
+        assert process.wait(timeout=60) == 130
+        assert "<html" in (tmp_path / "index.html").read_text()
+    else:
+        process.kill()
+        process.wait()
     assert list(tmp_path.glob("checkpoints/*.pt"))
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("the workers outlived the demo")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def chi_square_per_dimension(estimates: torch.Tensor, truth: torch.Tensor) -> fl
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.05, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("draws", [1, 8, 39])
 def test_weighted_means_are_unbiased(draw: str, smoothing: float, draws: int, generator: torch.Generator):
     values = torch.randn(40, 5, generator=generator, dtype=torch.float64) * heavy_tailed(40, generator)[:, None]

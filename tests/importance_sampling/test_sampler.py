@@ -344,7 +344,7 @@ class TestBadInput:
         ("options", "says"),
         [
             ({"batch_size": 0}, "batch_size is at least 1"),
-            ({"smoothing": 0.0}, "smoothing is above 0"),
+            ({"smoothing": 1.5}, "smoothing is the share"),
             ({"gate": "sometimes"}, "gate is one of auto, paper, always, never"),
             ({"cost": "joules"}, "cost is one of"),
             ({"draw": "twice"}, "draw is one of"),

@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -118,8 +119,17 @@ _worker: tuple[Any, Train, Path]
 def _start_worker(shares: Any, train: Train, folder: Path) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker = shares, train, folder
+
+
+def _end_with_the_parent() -> None:
+    """A parent that was killed cannot end its workers; they have checkpoints, and nobody would read their records."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(numbered: tuple[int, Run]) -> tuple[int, Record]:

@@ -67,7 +67,7 @@ class ImportanceSampler:
         cost: what "equal cost" means: "flops", counted and so reproducible, or "seconds", timed over the first steps
             and then frozen (they are in the state, so a resumed run goes on with them).
         draw: "without_replacement" (Horvitz-Thompson, the default: less variance) or "with_replacement" (the paper).
-        smoothing: share of the uniform distribution in p, above 0 up to 1; caps every weight at 1 / smoothing.
+        smoothing: share of the uniform distribution in p, 0 to 1; caps every weight at 1 / smoothing.
         seed: of the draws.
         score: (outputs, data) -> (b,), in place of the upper bound; for instance a closed form for a large vocabulary.
         model: the module or modules that `forward` runs; needed when they cannot be seen from it.
@@ -102,8 +102,8 @@ class ImportanceSampler:
         _require(batch_size >= 1, f"batch_size is at least 1; got {batch_size}.")
         _require(accumulate >= 1, f"accumulate counts the batches of an optimizer step, at least 1; got {accumulate}.")
         _require(
-            0 < smoothing <= 1,
-            f"smoothing is above 0, or an example could never be drawn, and at most 1; got {smoothing}.",
+            0 <= smoothing <= 1,
+            f"smoothing is the share of the uniform distribution, from 0 to 1; got {smoothing}.",
         )
         _require(
             0 <= weight_exponent <= 1,
