@@ -20,6 +20,9 @@ check: .venv/dev
 bench: .venv/dev
 	$(BIN)/python benchmarks/importance_sampling.py
 
+docs: .venv/dev
+	$(BIN)/zensical build --strict --clean
+
 # PYTHONPATH is emptied so that a torch installed elsewhere is never found by accident.
 .venv/base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,4 +34,4 @@ bench: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

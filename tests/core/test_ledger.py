@@ -199,8 +199,21 @@ def test_interleaved_loops_are_an_error():
     with pytest.raises(RuntimeError, match="whose FLOPs are whose"):
         for _ in zip(one.batches([torch.randn(2, D)] * 2), other.batches([torch.randn(2, D)] * 2), strict=True):
             pass
-    while torch._C._len_torch_dispatch_stack():
-        torch.utils._python_dispatch._pop_mode()  # type: ignore[attr-defined]
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_loop_that_an_exception_left_open_does_not_go_on_counting():
+    """In a notebook the traceback keeps the loop alive, and with it the counter of its first step."""
+    layer, x = nn.Linear(D, E), torch.randn(4, D)
+    left_open = Ledger().batches([x])
+    next(left_open)
+    assert torch._C._len_torch_dispatch_stack() == 2
+    ledger = Ledger()
+    for data in ledger.batches([x, x]):
+        layer(data).sum().backward()
+    assert ledger.flops == 2 * 2 * 2 * 4 * D * E
+    assert torch._C._len_torch_dispatch_stack() == 0
+    left_open.close()
 
 
 def test_entering_twice_and_nesting_are_errors():

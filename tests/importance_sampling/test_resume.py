@@ -26,7 +26,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.mark.parametrize(
     ("kill_at", "moment", "loader"),
-    [(37, "step", "plain"), (121, "step", "stateful"), (172, "score", "plain"), (240, "score", "stateful")],
+    [
+        (3, "step", "plain"),
+        (37, "step", "stateful"),
+        (121, "step", "stateful"),
+        (172, "score", "plain"),
+        (240, "score", "stateful"),
+    ],
 )
 def test_killed_and_resumed_is_identical(kill_at: int, moment: str, loader: str, tmp_path: Path, uninterrupted: dict):
     assert run(tmp_path, kill_at, moment, loader) == -signal.SIGKILL

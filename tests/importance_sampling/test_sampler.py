@@ -266,6 +266,14 @@ class TestGate:
         assert {"tau", "ess", "largest_weight", "share_on", "scoring_share", "R"} <= set(seen[0])
         assert 1 <= seen[-1]["largest_weight"] <= 10 and seen[-1]["share_on"] == 1
 
+    def test_metrics_may_be_read_at_any_moment(self):
+        sampler = make_sampler(gate="auto", cost="seconds")
+        sampler._costs.known["scoring"] = 1.0
+        for batch in sampler.batches(Presamples(examples(256), 16)):
+            sampler.metrics()
+            sampler.loss(sampler.forward(batch.data), batch).backward()
+        assert len(sampler._costs.timings["training"]) == 10 and min(sampler._costs.timings["training"]) > 1e-5
+
     def test_ledger_books_scoring_and_training_apart(self):
         with Ledger() as ledger:
             self.run(make_sampler(gate="always"), examples(96), 48, 4)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
@@ -111,6 +111,11 @@ class Ledger:
             raise
         self._close(frame)
         if frame.counting:
+            if self._meter.taken_over:
+                raise RuntimeError(
+                    "another loop over a sampler or ledger began inside this step; nobody could say whose FLOPs are "
+                    "whose: finish one step before the next begins."
+                )
             self._costs[key] = frame.flops
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
@@ -192,6 +197,7 @@ class Ledger:
     def _open(self, frame: "_Frame") -> "_Frame":
         self._settle()
         self._frames.append(frame)
+        self._meter.taken_over = False
         self._meter.run(frame.counting)
         return frame
 
@@ -259,30 +265,42 @@ class _Frame:
 
 
 class _Meter:
-    """torch's FlopCounterMode, switched on and off, refusing the operations it would count as zero."""
+    """torch's FlopCounterMode, switched on and off, refusing the operations it would count as zero.
+
+    One meter runs at a time. A loop that was left in a counted step (an exception in a notebook, whose traceback keeps
+    the loop alive) still has its meter on; the next one to start takes over.
+    """
+
+    running: ClassVar["_Meter | None"] = None
 
     def __init__(self) -> None:
         self._counter: FlopCounterMode | None = None
         self._guard = _RefuseUncounted()
         self._taken = 0
+        self.taken_over = False
 
     def run(self, on: bool) -> None:
         if on and self._counter is None:
+            if _Meter.running is not None:
+                _Meter.running.taken_over = True
+                _Meter.running._stop()
             self._guard.__enter__()
             self._counter = FlopCounterMode(display=False, custom_mapping=EXTRA_FORMULAS)
             self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
             self._counter.__enter__()
-            self._taken = 0
+            self._taken, _Meter.running = 0, self
         elif not on and self._counter is not None:
-            if _get_current_dispatch_mode() is not self._counter.mode:
-                raise RuntimeError(
-                    "a TorchDispatchMode was entered inside `with ledger` and is still open: "
-                    "enter it before the ledger, or leave it within the step. (The loops of two samplers or ledgers, "
-                    "one inside the other, are such a case: nobody could tell whose FLOPs are whose.)"
-                )
-            self._counter.__exit__(None, None, None)
-            self._guard.__exit__(None, None, None)
-            self._counter = None
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._counter is None or _get_current_dispatch_mode() is not self._counter.mode:
+            raise RuntimeError(
+                "a TorchDispatchMode was entered while the ledger counted, and is still open: "
+                "enter it before the ledger, or leave it within the step."
+            )
+        self._counter.__exit__(None, None, None)
+        self._guard.__exit__(None, None, None)
+        self._counter = _Meter.running = None
 
     def take(self) -> int:
         """The FLOPs counted since the last call."""

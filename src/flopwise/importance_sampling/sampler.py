@@ -132,6 +132,7 @@ class ImportanceSampler:
         self._flops = {"scoring": 0, "training": 0}
         self._open_step: Cost | None = None
         self._presample, self._position = 0, 0  # where the pass over the loader is
+        self._decided = False  # whether the gate has decided about this presample
         self._loader_state: Any = None
         self._resuming = False
 
@@ -147,7 +148,7 @@ class ImportanceSampler:
         stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         skip = 0
         if not self._resuming:
-            self._presample, self._position, self._scores = 0, 0, []
+            self._presample, self._position, self._decided, self._scores = 0, 0, False, []
         elif stateful:
             loader.load_state_dict(self._loader_state)  # type: ignore[attr-defined]
         else:
@@ -158,7 +159,7 @@ class ImportanceSampler:
                 skip -= 1
                 continue
             yield from self._use(Examples(presample))
-            self._presample, self._position = self._presample + 1, 0
+            self._presample, self._position, self._decided = self._presample + 1, 0, False
 
     def _positioned(self, loader: Iterable[Any], stateful: bool) -> Iterator[Any]:
         """The loader's presamples, after noting where it stood before each."""
@@ -250,8 +251,7 @@ class ImportanceSampler:
         while unknown); rate_scale; largest_weight of the last draw; share_on, of all steps so far; scoring_share, of
         all FLOPs spent through this sampler.
         """
-        self._book_step()
-        spent = sum(self._flops.values())
+        spent = sum(self._flops.values()) + (self._open_step.flops if self._open_step else 0)
         scoring_cost = float("nan") if self._costs.ratio is None else self._costs.ratio
         return {
             "tau": self._last["tau2"] ** 0.5,
@@ -282,7 +282,7 @@ class ImportanceSampler:
             "largest_weight": self._largest_weight,
             "steps": [self._steps, self._steps_drawn],
             "flops": dict(self._flops),
-            "position": [self._presample, self._position],
+            "position": [self._presample, self._position, self._decided],
             "loader": self._loader_state,
         }
 
@@ -295,7 +295,7 @@ class ImportanceSampler:
         self._last, self._largest_weight = dict(state["last"]), state["largest_weight"]
         self._steps, self._steps_drawn = state["steps"]
         self._flops = dict(state["flops"])
-        self._presample, self._position = state["position"]
+        self._presample, self._position, self._decided = state["position"]
         self._loader_state = state["loader"]
         self._resuming = True
 
@@ -305,12 +305,11 @@ class ImportanceSampler:
 
     def _use(self, presample: Examples) -> Iterator[WeightedBatch]:
         """The batches of one presample, from `_position` on."""
-        size, undecided = len(presample), True
+        size = len(presample)
         while self._position < size:
             left = size - self._position
-            if undecided and self._steps % self.accumulate == 0:
+            if not self._decided and self._steps % self.accumulate == 0:
                 self._decide(presample)
-                undecided = False
             if self._gate.on and left > self.batch_size:
                 pieces = max(1, round(left / (self._gate.ratio * self.batch_size)))
                 piece = slice(self._position, self._position + ceil(left / pieces))
@@ -332,6 +331,7 @@ class ImportanceSampler:
         if self._gate.rule in ("auto", "paper") and self._costs.needs("scoring"):
             self._score(presample[self._position : self._position + self.batch_size], statistics=False)
         self._gate.decide(len(presample) / self.batch_size, self._costs.ratio)
+        self._decided = True
 
     def _draw(self, presample: Examples, piece: slice) -> tuple[WeightedBatch, Examples]:
         """Score a piece of the presample and draw from it."""
