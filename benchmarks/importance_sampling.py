@@ -14,13 +14,14 @@ from statistics import median
 import torch
 
 from flopwise import ImportanceSampler, Ledger
+from flopwise.core.batch import Examples
 from flopwise.experiments.fashion_mnist import Augmented, Images, load
 from flopwise.experiments.importance import loss_per_example, small_cnn
 from flopwise.experiments.runner import provenance
 from flopwise.importance_sampling import gradient_norm_score, loss_score, relative_variance, upper_bound_score
 
 RESULTS = Path(__file__).parent / "results" / "importance_sampling.jsonl"
-BATCH, RATIO = 32, 6
+BATCH, RATIO = 64, 6  # the default batch size
 ROUNDS, STEPS = 15, 24
 
 
@@ -92,7 +93,7 @@ def main() -> None:
 
     def score() -> None:
         for presample in presamples:
-            selecting._score(presample)
+            selecting._score(Examples(presample))
 
     def plain_forward() -> None:
         with torch.no_grad():

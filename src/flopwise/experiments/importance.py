@@ -20,7 +20,7 @@ from flopwise.experiments.runner import Records, run_all
 from flopwise.importance_sampling import ImportanceSampler, cosine
 from flopwise.importance_sampling.gate import GateRule
 
-FLOPS = 2.5e12  # a run of about 45 s on one core
+FLOPS, QUICK_FLOPS = 2.5e12, 1.5e12  # runs of 50 and 30 s on one core, with batches of 16
 PRESAMPLE_RATIO = {"paper": 3, "same_rate": 6, "rate_scale": 6}
 CURVE_POINTS = 12
 CHECKPOINT_SECONDS = 10.0
