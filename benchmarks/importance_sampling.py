@@ -88,7 +88,7 @@ def main() -> None:
                 step(loss_per_example(forward(data), data).mean())
 
     never, off = make_sampler("never"), make_sampler("auto")
-    off._gate.decide = lambda *_: None  # measures scores and costs as ever, and stays off
+    off._gate.decide = lambda *_: None  # measures scores and costs as ever, and stays off  # type: ignore[method-assign]
     selecting = make_sampler("always")
 
     def score() -> None:

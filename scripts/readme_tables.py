@@ -27,7 +27,7 @@ def overhead() -> str:
     rows = [f"| {name} | {ratio:.3f} |" for name, ratio in record["overhead"].items()]
     kept = record["score quality after one epoch"]
     rows += [
-        f"| variance reduction that the {name} keeps of exact gradient norms' | {kept[name]['variance reduction kept']:.2f} |"
+        f"| variance reduction that the {name} keeps of exact norms' | {kept[name]['variance reduction kept']:.2f} |"
         for name in ("upper bound", "loss")
     ]
     return "\n".join(["| CPU time of | ratio |", "|---|---|", *rows])

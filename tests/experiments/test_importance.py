@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_finished_runs_are_not_run_again_and_a_torn_line_is_dropped(tmp_path: Pa
 
 
 def test_the_command_makes_a_page_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importance, "Plan", lambda **options: Plan(**options | {"rates": (0.001,)}))
+    monkeypatch.setattr(importance, "Plan", lambda **options: replace(Plan(**options), rates=(0.001,)))
     out = tmp_path / "report"
     arguments = ["demo", "importance", "--budget", "2e10", "--seeds", "1", "--out", str(out)]
     result = CliRunner().invoke(app, arguments)

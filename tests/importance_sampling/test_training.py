@@ -117,7 +117,7 @@ def test_grad_scaler_changes_nothing():
     one = ImportanceSampler(forward_of(plain), loss, batch_size=8)
     other = ImportanceSampler(forward_of(scaled), loss, batch_size=8)
     train(one, plain, Presamples(data, 64), 60)
-    train(other, scaled, Presamples(data, 64), 60, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[attr-defined]
+    train(other, scaled, Presamples(data, 64), 60, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
     for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
         assert torch.equal(p, q)
     assert one.metrics()["tau2"] == pytest.approx(other.metrics()["tau2"], rel=1e-5)
