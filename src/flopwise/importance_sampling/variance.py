@@ -51,7 +51,7 @@ def relative_variance(
     if not ratio > 1:
         raise ValueError(f"ratio is presample over batch, above 1; got {ratio}.")
     norms = scores if norms is None else norms
-    return float(relative_variances(scores, torch.tensor([ratio]), draw, smoothing, norms)[0])
+    return float(relative_variances(scores, torch.tensor([float(ratio)]), draw, smoothing, norms)[0])
 
 
 def relative_variances(
