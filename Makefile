@@ -26,7 +26,7 @@ docs: .venv/dev
 # PYTHONPATH is emptied so that a torch installed elsewhere is never found by accident.
 .venv/base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e . numpy
 	touch $@
 
 .venv/dev: .venv/base
