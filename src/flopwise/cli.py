@@ -82,6 +82,7 @@ def demo_importance(
         flops=budget or (importance.FLOPS if full else importance.QUICK_FLOPS),
         seeds=seeds,
         methods=importance.METHODS[1:] if full else ("rate_scale",),
+        rates=(0.0005, 0.001, 0.002) if full else (0.001, 0.002, 0.004),
         batch_sizes=(8, 16, 32) if full else (16,),
         data=None if data is None else str(data.resolve()),
     )
