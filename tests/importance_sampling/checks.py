@@ -1,5 +1,7 @@
 """The checks that hold the estimator up, as functions: the tests run them, and the mutation tests see them fail."""
 
+from typing import Any
+
 import torch
 from problems import examples, forward_of, gradient, loss, network
 from torch import nn
@@ -14,18 +16,21 @@ def chi_square_per_dimension(estimates: torch.Tensor, truth: torch.Tensor) -> fl
     return float(len(estimates) * error / estimates.var(0).sum())
 
 
+def gradients_of_draws(sampler: ImportanceSampler, model: nn.Module, data: Any, draws: int) -> torch.Tensor:
+    """The gradient of the sampler's loss for each of so many draws from one presample."""
+    drawn = (sampler.select(data) for _ in range(draws))
+    return torch.stack([gradient(sampler.loss(sampler.forward(b.data), b), model) for b in drawn])
+
+
 def weighted_gradient_is_unbiased(draw: str = "without_replacement", smoothing: float = 0.1, draws: int = 300) -> None:
     """Mean of the weighted gradients over many draws, against the gradient of the presample's mean loss."""
     model, data = network(), examples(48)
     forward = forward_of(model)
     sampler = ImportanceSampler(forward, loss, batch_size=12, draw=draw, smoothing=smoothing)  # type: ignore[arg-type]
     truth = gradient(loss(forward(data), data).mean(), model)
-    estimates = []
-    for _ in range(draws):
-        batch = sampler.select(data)
-        assert batch.drawn and len(batch.weights) == 12
-        estimates.append(gradient(sampler.loss(forward(batch.data), batch), model))
-    assert chi_square_per_dimension(torch.stack(estimates), truth) < 11
+    batch = sampler.select(data)
+    assert batch.drawn and len(batch.weights) == 12
+    assert chi_square_per_dimension(gradients_of_draws(sampler, model, data, draws), truth) < 11
 
 
 def certain_examples_are_weighted_by_their_inclusion_probability(draws: int = 400) -> None:
@@ -73,8 +78,4 @@ def token_losses_are_unbiased(draws: int = 500) -> None:
     sampler = ImportanceSampler(forward, masked, batch_size=6)
     losses, mask = masked(forward(data), data)
     truth = gradient(losses[mask].mean(), model)
-    estimates = []
-    for _ in range(draws):
-        batch = sampler.select(data)
-        estimates.append(gradient(sampler.loss(forward(batch.data), batch), model))
-    assert chi_square_per_dimension(torch.stack(estimates), truth) < 11
+    assert chi_square_per_dimension(gradients_of_draws(sampler, model, data, draws), truth) < 11

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import chi_square_per_dimension
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,12 +74,6 @@ def test_no_example_is_drawn_twice_without_replacement(generator: torch.Generato
     for _ in range(300):
         indices, _ = draw_without_replacement(p, 20, generator)
         assert len(indices.unique()) == 20
-
-
-def chi_square_per_dimension(estimates: torch.Tensor, truth: torch.Tensor) -> float:
-    """K ||mean - truth||^2 / tr Cov: 1 in expectation when unbiased. Above 11: probability 0.001 at most."""
-    error = (estimates.mean(0) - truth).square().sum()
-    return float(len(estimates) * error / estimates.var(0).sum())
 
 
 @pytest.mark.parametrize("draw", DRAWS)

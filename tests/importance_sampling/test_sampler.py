@@ -37,8 +37,7 @@ class TestUnbiased:
         forward = forward_of(model)
         sampler = ImportanceSampler(forward, weighted, batch_size=8)
         truth = gradient(weighted(forward(data), data).mean(), model)
-        drawn = (sampler.select(data) for _ in range(500))
-        estimates = torch.stack([gradient(sampler.loss(forward(b.data), b), model) for b in drawn])
+        estimates = checks.gradients_of_draws(sampler, model, data, 500)
         assert checks.chi_square_per_dimension(estimates, truth) < 11
 
     def test_losses_of_two_dimensions_without_a_mask_are_averaged(self):
@@ -50,8 +49,7 @@ class TestUnbiased:
         forward, data = forward_of(model), examples(32)
         sampler = ImportanceSampler(forward, per_output, batch_size=8)
         truth = gradient(per_output(forward(data), data).mean(), model)
-        drawn = (sampler.select(data) for _ in range(400))
-        estimates = torch.stack([gradient(sampler.loss(forward(b.data), b), model) for b in drawn])
+        estimates = checks.gradients_of_draws(sampler, model, data, 400)
         assert checks.chi_square_per_dimension(estimates, truth) < 11
 
     def test_less_variance_than_uniform(self):
@@ -66,9 +64,8 @@ class TestUnbiased:
 
         def spread(**options) -> float:
             sampler = ImportanceSampler(forward, uneven, batch_size=16, **options)
-            drawn = (sampler.select(data) for _ in range(150))
-            gradients = [gradient(sampler.loss(forward(b.data), b), model) for b in drawn]
-            return float(torch.stack([(g - truth).square().sum() for g in gradients]).mean())
+            gradients = checks.gradients_of_draws(sampler, model, data, 150)
+            return float((gradients - truth).square().sum(1).mean())
 
         ours, paper, uniform = spread(), spread(draw="with_replacement"), spread(smoothing=1.0)
         assert ours < paper < uniform
