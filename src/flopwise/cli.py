@@ -1,5 +1,6 @@
 """The command line: `flopwise --help`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,14 +79,13 @@ def demo_importance(
         fashion_mnist.load(data)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
-    plan = importance.Plan(
-        flops=budget or (importance.FLOPS if full else importance.QUICK_FLOPS),
+    plan = replace(
+        importance.FULL if full else importance.QUICK,
         seeds=seeds,
-        methods=importance.METHODS[1:] if full else ("rate_scale",),
-        rates=(0.0005, 0.001, 0.002) if full else (0.001, 0.002, 0.004),
-        batch_sizes=(8, 16, 32) if full else (16,),
         data=None if data is None else str(data.resolve()),
     )
+    if budget is not None:
+        plan = replace(plan, flops=budget)
     records, page = out / "records.jsonl", out / "index.html"
     try:
         importance.compare(plan, out)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +75,7 @@ def in_this_process(runs, train, folder, *, title):
 
 def test_the_grid_grows_while_the_best_is_on_its_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importance, "run_all", in_this_process)
-    best = tune(Plan(rates=(0.001, 0.002), batch_sizes=(64, 128)), tmp_path)
+    best = tune(Plan(TINY, rates=(0.001, 0.002), batch_sizes=(64, 128)), tmp_path)
     assert (best.rate, best.batch_size) == (0.008, 32)
     tried = {(r["run"]["rate"], r["run"]["batch_size"]) for r in Records(tmp_path).all}
     assert {(0.016, 32), (0.004, 32), (0.008, 16), (0.008, 64)} <= tried
@@ -84,7 +83,7 @@ def test_the_grid_grows_while_the_best_is_on_its_edge(tmp_path: Path, monkeypatc
 
 def test_a_grid_on_which_everything_diverges_moves_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importance, "run_all", in_this_process)
-    assert tune(Plan(rates=(0.064, 0.128), batch_sizes=(32,)), tmp_path).rate == 0.008
+    assert tune(Plan(TINY, rates=(0.064, 0.128), batch_sizes=(32,)), tmp_path).rate == 0.008
 
 
 def quick(run: Run, checkpoint: Path, progress) -> dict:
@@ -104,7 +103,7 @@ def test_finished_runs_are_not_run_again_and_a_torn_line_is_dropped(tmp_path: Pa
 
 
 def test_the_command_makes_a_page_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importance, "Plan", lambda **options: replace(Plan(**options), rates=(0.001,)))
+    monkeypatch.setattr(importance, "QUICK", Plan(TINY, rates=(0.001,), batch_sizes=(32,)))
     out = tmp_path / "report"
     arguments = ["demo", "importance", "--budget", "2e10", "--seeds", "1", "--out", str(out)]
     result = CliRunner().invoke(app, arguments)

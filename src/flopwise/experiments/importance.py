@@ -20,7 +20,6 @@ from flopwise.experiments.runner import Records, run_all
 from flopwise.importance_sampling import ImportanceSampler, cosine
 from flopwise.importance_sampling.gate import GateRule
 
-FLOPS, QUICK_FLOPS = 2.5e12, 1.5e12  # runs of 50 and 30 s on one core, with batches of 16
 PRESAMPLE_RATIO = {"paper": 3, "same_rate": 6, "rate_scale": 6}
 CURVE_POINTS = 12
 CHECKPOINT_SECONDS = 10.0
@@ -35,19 +34,24 @@ class Plan:
 
     Args:
         flops: the budget of every single run.
-        seeds: how many seeds each method gets.
-        methods: besides uniform.
         rates, batch_sizes: the grid on which uniform is tuned, with seed 0 and the whole budget; while the best value
             is on an edge of a dimension with several values, the grid grows there.
+        methods: besides uniform.
+        seeds: how many seeds each method gets.
         data: folder of IDX files; None for the images that the package ships.
     """
 
-    flops: float = FLOPS
-    seeds: int = 3
+    flops: float
+    rates: tuple[float, ...]
+    batch_sizes: tuple[int, ...]
     methods: tuple[str, ...] = ("rate_scale",)
-    rates: tuple[float, ...] = (0.0005, 0.001, 0.002)
-    batch_sizes: tuple[int, ...] = (8, 16, 32)
+    seeds: int = 3
     data: str | None = None
+
+
+# Runs of some 30 s and 50 s on one core, with batches of 16.
+QUICK = Plan(flops=1.5e12, rates=(0.001, 0.002, 0.004), batch_sizes=(16,))
+FULL = Plan(flops=2.5e12, rates=(0.0005, 0.001, 0.002), batch_sizes=(8, 16, 32), methods=METHODS[1:])
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,8 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
                 progress(share)
                 if share * CURVE_POINTS >= len(record["curve"]):
                     record["curve"].append(_point(model, sampler, run, ledger, share, train_set, test_set))
-                known = sampler.metrics()["ratio"] > 1
-                if share >= 0.5 and record["variance_ratio"] is None and run.seed == 0 and known:
+                halfway = share >= 0.5 and record["variance_ratio"] is None and run.seed == 0
+                if halfway and sampler.metrics()["ratio"] > 1:
                     record["variance_ratio"] = {
                         "predicted": sampler.metrics()["R"],
                         "measured": measured_variance(model, sampler, run, train_set),

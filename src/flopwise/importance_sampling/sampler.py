@@ -342,7 +342,7 @@ class ImportanceSampler:
         scores, positions = self._score(candidates)
         self._scores.append(scores)
         p = probabilities(scores, self._gate.smoothing)
-        draw = draw_without_replacement if self._gate.draw == "without_replacement" else draw_with_replacement
+        draw = draw_without_replacement if self.draw == "without_replacement" else draw_with_replacement
         indices, weights = draw(p, draws, self._generator)
         if self.weight_exponent < 1:
             weights = _flattened(weights, scores[indices], self.weight_exponent)
