@@ -407,3 +407,9 @@ def test_in_a_browser(tmp_path):
     found = done.stdout.split('<pre id="found">')[1].split("</pre>")[0].splitlines()
     widths = [f"width {width} {width} true" for width in (400, 760, 1030, 1400)]
     assert sorted(found) == sorted(widths + 4 * ["tip 4 true"] * 2 + 4 * ["tip 3 true"] * 2), found
+
+
+def test_the_data_are_those_of_the_records(tmp_path):
+    text = written(tmp_path, [make(data={"name": "Fashion-MNIST", "train": 60_000, "test": 10_000})])
+    assert "60,000 augmented images of Fashion-MNIST, tested on 10,000 others" in text
+    assert "10,000 augmented images" not in text.replace("60,000", "")

@@ -220,6 +220,14 @@ def _when_not() -> Section:
     return Section("When not to use importance sampling", bullets(reasons))
 
 
+def _data(record: Record) -> str:
+    """What was trained and tested on, as the record has it: `--data` takes other sets than the package's."""
+    data = record.get("data")
+    if not data:
+        return "augmented images of Fashion-MNIST"
+    return f"{data['train']:,} augmented images of {data['name']}, tested on {data['test']:,} others"
+
+
 def _measured(records: Sequence[Record], selection: Selection) -> Section:
     def machine(key: str) -> str:
         return distinct(r["machine"].get(key, "unknown") for r in records)
@@ -228,7 +236,7 @@ def _measured(records: Sequence[Record], selection: Selection) -> Section:
     drawn = [r for method, runs in methods.items() if method != "uniform" for r in runs]
     days = sorted(str(r["time"]) for r in records if r.get("time"))
     rows = {
-        "task": "a small convolutional network; 10,000 augmented images of Fashion-MNIST, tested on 2,000 others",
+        "task": f"a small convolutional network; {distinct(_data(r) for r in records)}",
         "budget of a run": distinct(budget_text(r) for runs in methods.values() for r in runs),
         "seeds": "; ".join(
             f"{LABELS[method]}: {distinct(r['seed'] for r in runs)}" for method, runs in methods.items()
