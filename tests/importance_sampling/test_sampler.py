@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from flopwise import ImportanceSampler, Ledger, endless
 from flopwise.importance_sampling import ConstantVarianceSampler, loss_score, upper_bound_score
+from flopwise.importance_sampling.sampler import SCORED_ALL
 
 
 def make_sampler(model: nn.Module | None = None, **options) -> ImportanceSampler:
@@ -168,6 +169,13 @@ class TestGate:
         tau2 /= float(upper_bound_score(model(data[0]), data, loss).mean()) ** 2
         self.run(sampler, data, 64, 9)
         assert sampler.metrics()["tau2"] == pytest.approx(tau2, rel=1e-4)
+
+    def test_off_for_long_one_presample_in_four_is_scored(self):
+        sampler = make_sampler(gate="auto")
+        sampler._gate.updates = SCORED_ALL
+        sampler._gate.variances = dict.fromkeys(sampler._gate.variances, 1e9)
+        self.run(sampler, examples(640), 64, 80)
+        assert sampler._gate.updates == SCORED_ALL + 3  # of presamples 0, 4 and 8; the tenth is still open
 
     def test_auto_switches_on_where_it_pays_and_stays_off_where_it_does_not(self):
         x, y = examples(512)

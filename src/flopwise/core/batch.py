@@ -1,6 +1,7 @@
 """Batches are pytrees whose tensors share their first dimension, the example."""
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -73,7 +74,7 @@ class Examples:
         """The batch, put together again."""
         return pytree.tree_unflatten(self.leaves, self.structure)
 
-    @property
+    @cached_property
     def signature(self) -> tuple:
         """What decides the cost of a computation on the batch: structure, shapes, dtypes, devices, never values."""
         kinds = [None if leaf is None else (leaf.shape, leaf.dtype, leaf.device) for leaf in self.leaves]

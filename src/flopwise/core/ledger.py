@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
@@ -87,36 +86,13 @@ class Ledger:
         finally:
             self._close(frame)
 
-    @contextmanager
-    def phase(self, name: str, examples: Examples) -> Iterator["Cost"]:
-        """Books what runs inside under `name`: counted the first time `examples` have this signature, then replayed.
+    def phase(self, name: str, examples: Examples) -> "Cost":
+        """`with ledger.phase("training", examples) as cost:` books what runs inside under that name.
 
-        Replayed FLOPs are booked on entry, so that `spent` is right while the last step is still open.
+        Counted the first time `examples` have this signature, then replayed. Replayed FLOPs are booked on entry, so
+        that `spent` is right while the last step is still open.
         """
-        key = (name, examples.signature)
-        known = self._known_cost(key)
-        frame = _Frame(name, counting=known is None, key=key, flops=int(known or 0))
-        cost = Cost(self, frame, len(examples))
-        if self._paused:  # a probe that must not cost anything
-            yield cost
-            return
-        self._open(frame)
-        if name == "training":
-            self.examples += cost.examples
-        self._book(name, frame.flops)
-        try:
-            yield cost
-        except BaseException:  # a step left half-way (`break` is GeneratorExit here) is no measure of a whole one
-            self._close(frame)
-            raise
-        self._close(frame)
-        if frame.counting:
-            if self._meter.taken_over:
-                raise RuntimeError(
-                    "another loop over a sampler or ledger began inside this step; nobody could say whose FLOPs are "
-                    "whose: finish one step before the next begins."
-                )
-            self._costs[key] = frame.flops
+        return Cost(self, name, examples)
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """The batches of `loader`; what the loop does with each is booked as training, see `phase` and `load`."""
@@ -184,7 +160,7 @@ class Ledger:
 
     @property
     def _paused(self) -> bool:
-        return any(frame.name is None for frame in self._frames)
+        return bool(self._frames) and self._frames[-1].name is None
 
     def _known_cost(self, key: tuple) -> float | None:
         flops = self._costs.get(key)
@@ -231,15 +207,46 @@ def active_ledger() -> Ledger | None:
 
 
 class Cost:
-    """What one phase costs: at once when it is replayed, so far when it is being counted."""
+    """What one phase costs: at once when it is replayed, so far when it is being counted; and its `with` block.
 
-    def __init__(self, ledger: Ledger, frame: "_Frame", examples: int) -> None:
-        self._ledger, self._frame = ledger, frame
-        self.examples = examples
+    A class and not a generator: between two steps of a network this code is in no cache of the processor.
+    """
+
+    def __init__(self, ledger: Ledger, name: str, examples: Examples) -> None:
+        key = (name, examples.signature)
+        known = ledger._known_cost(key)
+        self._ledger, self._name = ledger, name
+        self._frame = _Frame(name, known is None, key, int(known or 0))
+        self._ignored = ledger._paused  # a probe that must not cost anything
+        self.examples = len(examples)
+
+    def __enter__(self) -> "Cost":
+        if not self._ignored:
+            ledger, frame = self._ledger, self._frame
+            ledger._open(frame)
+            if self._name == "training":
+                ledger.examples += self.examples
+            ledger._book(self._name, frame.flops)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._ignored:
+            return
+        ledger, frame = self._ledger, self._frame
+        ledger._close(frame)
+        if not frame.counting or kind is not None:  # a step left half-way is no measure of a whole one
+            return
+        if ledger._meter.taken_over:
+            raise RuntimeError(
+                "another loop over a sampler or ledger began inside this step; nobody could say whose FLOPs are "
+                "whose: finish one step before the next begins."
+            )
+        ledger._costs[frame.key] = frame.flops
 
     @property
     def flops(self) -> int:
-        self._ledger._settle()
+        if self._frame.counting:
+            self._ledger._settle()
         return self._frame.flops
 
     @property
@@ -253,15 +260,13 @@ class Cost:
         return self._frame.counting
 
 
-@dataclass(eq=False)
 class _Frame:
     """One nested stretch of a ledger's time; `name` None is a pause."""
 
-    name: str | None
-    counting: bool
-    key: tuple | None = None  # of the cost to remember
-    flops: int = 0
-    seconds: float = 0.0
+    def __init__(self, name: str | None, counting: bool, key: tuple = (), flops: int = 0) -> None:
+        self.name, self.counting = name, counting
+        self.key = key  # of the cost to remember
+        self.flops, self.seconds = flops, 0.0
 
 
 class _Meter:

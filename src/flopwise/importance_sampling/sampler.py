@@ -1,7 +1,7 @@
 """The sampler: presamples in, weighted batches out."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from statistics import median
@@ -18,6 +18,7 @@ from flopwise.importance_sampling.gate import Gate, GateRule
 from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen
 from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
 
+SCORED_ALL, SCORED_ONE_IN = 40, 4  # while off: the first presamples, then one in so many (it costs 2 % of a step)
 TIMED_STEPS = 10  # with cost="seconds": timings of each kind before their medians are frozen
 
 
@@ -53,8 +54,8 @@ class ImportanceSampler:
     The loader yields presamples of B examples, say 4 to 8 times `batch_size`. While the gate is on, a presample is cut
     into pieces of r * batch_size; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||,
     and `batch_size` examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n. While it is off
-    every example is trained on in plain batches, and scores come free from the outputs of the training step. A
-    presample, or its last piece, that is no larger than `batch_size` is trained on whole.
+    every example is trained on in plain batches, and scores come from the outputs of the training step: of the first
+    40 presamples, then of one in 4, which is cheaper and enough. A presample, or its last piece, that is no larger than `batch_size` is trained on whole.
 
     Args:
         forward: data -> outputs (logits), dimension 0 the example. It runs without gradient to score, and should be the
@@ -190,7 +191,7 @@ class ImportanceSampler:
         In a plain batch that is the usual mean over the batch's positions, and the scores of its examples are recorded
         during the backward pass, from the gradient that reaches the outputs.
         """
-        record = not batch.drawn and self._gate.rule != "never" and torch.is_grad_enabled() and outputs.requires_grad
+        record = not batch.drawn and self._recording and torch.is_grad_enabled() and outputs.requires_grad
         if record:
             outputs = outputs.view_as(outputs)  # an alias: its gradient is this loss's alone, without regularisers
         losses, mask = split_losses(self.loss_per_example(outputs, batch.data), len(batch.weights))
@@ -306,18 +307,20 @@ class ImportanceSampler:
     def _use(self, presample: Examples) -> Iterator[WeightedBatch]:
         """The batches of one presample, from `_position` on."""
         size = len(presample)
+        plain: list[tuple[WeightedBatch, Examples]] = []
         while self._position < size:
             left = size - self._position
             if not self._decided and self._steps % self.accumulate == 0:
                 self._decide(presample)
             if self._gate.on and left > self.batch_size:
                 pieces = max(1, round(left / (self._gate.ratio * self.batch_size)))
-                piece = slice(self._position, self._position + ceil(left / pieces))
-                batch, examples = self._draw(presample, piece)
+                stop = self._position + ceil(left / pieces)
+                batch, examples = self._draw(presample, slice(self._position, stop))
             else:
-                piece = slice(self._position, min(size, self._position + self.batch_size))
-                batch, examples = _plain(presample, piece)
-            self._position = piece.stop
+                plain = plain or _plain(presample, self._position, self.batch_size)
+                batch, examples = plain.pop()
+                stop = self._position + len(examples)
+            self._position = stop
             self._steps += 1
             self._steps_drawn += batch.drawn
             statistics = statistics_frozen(self.models) if batch.drawn else nullcontext()
@@ -337,7 +340,7 @@ class ImportanceSampler:
         """Score a piece of the presample and draw from it."""
         draws = self.draw_size()
         if piece.stop - piece.start <= draws:
-            return _plain(presample, piece)
+            return _plain(presample, piece.start, piece.stop - piece.start)[-1]
         candidates = presample[piece]
         scores, positions = self._score(candidates)
         self._scores.append(scores)
@@ -374,6 +377,12 @@ class ImportanceSampler:
             _, mask = split_losses(self.loss_per_example(outputs, data), len(outputs))
         return scores.detach().float().cpu(), mask
 
+    @property
+    def _recording(self) -> bool:
+        """Whether plain batches of this presample are scored: the estimates change slowly, so seldom is enough."""
+        often = self._gate.updates < SCORED_ALL or self._presample % SCORED_ONE_IN == 0
+        return often and self._gate.rule != "never"
+
     def _learn(self) -> None:
         """Update the gate with the scores of the presample that was used up."""
         scores = torch.cat(self._scores) if self._scores else torch.empty(0)
@@ -385,7 +394,7 @@ class ImportanceSampler:
         if self.callback is not None:
             self.callback(self.metrics())
 
-    def _phase(self, name: str, examples: Examples) -> AbstractContextManager[Cost]:
+    def _phase(self, name: str, examples: Examples) -> Cost:
         return (active_ledger() or self._ledger).phase(name, examples)
 
     def _book_step(self) -> None:
@@ -430,10 +439,20 @@ class _Costs:
         self.timings = {kind: list(times) for kind, times in state["timings"].items()}
 
 
-def _plain(presample: Examples, piece: slice) -> tuple[WeightedBatch, Examples]:
-    examples = presample[piece]
-    weights = torch.ones(len(examples), device=examples.device)
-    return WeightedBatch(examples.data, weights, torch.arange(piece.start, piece.stop), drawn=False), examples
+def _plain(presample: Examples, start: int, size: int) -> list[tuple[WeightedBatch, Examples]]:
+    """The plain batches of a presample from `start` on, last first.
+
+    All at once: right after a step of the network none of this code is in the processor's caches, and to run it there
+    costs ten times as much.
+    """
+    weights, indices = torch.ones(size, device=presample.device), torch.arange(len(presample))
+    batches = []
+    for a in reversed(range(start, len(presample), size)):
+        examples = presample[a : a + size]
+        examples.signature  # noqa: B018  (the ledger will ask)
+        batch = WeightedBatch(examples.data, weights[: len(examples)], indices[a : a + size], drawn=False)
+        batches.append((batch, examples))
+    return batches
 
 
 def _flattened(weights: Tensor, scores: Tensor, exponent: float) -> Tensor:
