@@ -1,4 +1,4 @@
-"""Makes the README's tables from the records in benchmarks/results; `--check` fails when they differ.
+"""Makes the tables of the READMEs and docs from the records in benchmarks/results; `--check` fails when they differ.
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -6,13 +6,17 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -
 import json
 import re
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flopwise.report import read_records
 from flopwise.report.importance import markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/clustered_attention.md", "src/flopwise/clustered_attention/README.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -33,17 +37,91 @@ def overhead() -> str:
     return "\n".join(["| CPU time of | ratio |", "|---|---|", *rows])
 
 
-TABLES = {"importance": importance, "overhead": overhead}
+def newest(name: str, *keys: str) -> dict[tuple, dict[str, Any]]:
+    """The last record of a file for every value of `keys`; None where a record lacks one."""
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    return {tuple(record.get(key) for key in keys): record for record in map(json.loads, lines)}
+
+
+def clustered(settings: Sequence[str] | None = None) -> str:
+    """What pretrained models keep and cost with clustered attention; `settings` picks lines by their first cells."""
+    rows = []
+    for record in newest("clustered_models", "kind", "clusters", "topk", "length", "joined", "model").values():
+        if record["kind"] == "tune":
+            continue
+        seconds, attention = record["seconds"], record.get("attention_seconds")
+        cells = [
+            f"{record['model']}{', joined prompts' if record.get('joined') else ''}",
+            str(record["length"]),
+            f"{record['clusters']} / {record['topk']}",
+            _kept(record),
+            f"{attention['clustered'] / attention['exact']:.2f} x" if attention else "–",
+            f"{seconds['clustered'] / seconds['exact']:.2f} x"
+            + (f" (free attention: {seconds['without'] / seconds['exact']:.2f} x)" if "without" in seconds else ""),
+        ]
+        if settings is None or " ".join(cells[:3]) in settings:
+            rows.append(f"| {' | '.join(cells)} |")
+    head = "| model | length | clusters / top-k | kept | attention time | model time |\n|---|---|---|---|---|---|"
+    return "\n".join([head, *rows])
+
+
+def _kept(record: dict[str, Any]) -> str:
+    if record["kind"] == "text":
+        topics = record["topic_accuracy"]
+        return (
+            f"cosine {record['cosine']['mean']:.3f} (lowest {record['cosine']['min']:.3f}), "
+            f"{record['neighbours_kept']:.0%} of nearest neighbours, "
+            f"topics {topics['clustered']:.1%} (exact {topics['exact']:.1%})"
+        )
+    return f"{record['word_error']:.1%} of words differ" if record["kind"] == "speech" else "–"
+
+
+def clustered_speed() -> str:
+    """The operator against SDPA, by length."""
+    found = newest("clustered_attention", "kind", "direction", "backend", "clusters", "length")
+    lengths = sorted({key[4] for key in found if key[0] == "speed"})
+    rows = [f"| | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+    for direction in ("forward", "forward and backward"):
+        for backend in ("numba", "torch"):
+            for clusters in (32, 64):
+                cells = [found["speed", direction, backend, clusters, length]["speedup"] for length in lengths]
+                rows.append(f"| {direction}, {backend}, C={clusters} | {' | '.join(map(_times, cells))} |")
+    for clusters in (32, 64):
+        for name, key in (("error", "error"), ("plain (`topk=0`)", "plain_error")):
+            cells = [found["speed", "forward", "numba", clusters, length][key] for length in lengths]
+            rows.append(f"| {name}, C={clusters} | {' | '.join(f'{x:.2f}' for x in cells)} |")
+    return "\n".join(rows)
+
+
+def _times(speed: float) -> str:
+    return f"{speed:.2g}" if speed < 10 else f"{speed:.1f}"
+
+
+README_LINES = (
+    "MiniLM 512 64 / 64",
+    "Whisper tiny.en 1500 64 / 64",
+    "Whisper tiny.en 1500 50 / 96",
+    "BERT, 6 layers, 12 heads x 32 4096 32 / 32",
+    "BERT, 6 layers, 12 heads x 32 8192 32 / 32",
+)
+TABLES = {
+    "importance": importance,
+    "overhead": overhead,
+    "clustered": partial(clustered, README_LINES),
+    "clustered-all": clustered,
+    "clustered-speed": clustered_speed,
+}
 
 
 def main(check: bool) -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    made = PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]().strip()}\n{place[3]}", text)
-    if not check:
-        path.write_text(made)
-    elif made != text:
-        sys.exit("README.md: a table differs from the records; run `python scripts/readme_tables.py` and commit.")
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        made = PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]().strip()}\n{place[3]}", text)
+        if not check:
+            path.write_text(made)
+        elif made != text:
+            sys.exit(f"{page}: a table differs from the records; run `python scripts/readme_tables.py` and commit.")
 
 
 if __name__ == "__main__":

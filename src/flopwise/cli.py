@@ -1,13 +1,20 @@
 """The command line: `flopwise --help`."""
 
-from dataclasses import replace
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from flopwise import __version__
+
+if TYPE_CHECKING:
+    from flopwise.experiments.clustered import Plan
 
 app = typer.Typer(
     help="Stop wasting FLOPs: compute where it matters, measured against the honest baseline.",
@@ -15,7 +22,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-demo_app = typer.Typer(help="See what a technique buys, on real data, and a page that tells.", add_completion=False)
+demo_app = typer.Typer(
+    help="See what a technique buys, on real data, and a page that tells. Without a name: all that can run here.",
+    add_completion=False,
+)
 app.add_typer(demo_app, name="demo")
 
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds each method is trained with; the band in the plots.")]
@@ -39,9 +49,12 @@ def main(
 
 @demo_app.callback(invoke_without_command=True)
 def demo(context: typer.Context) -> None:
-    """See what a technique buys, on real data. Without a name: all of them, which today is `importance`."""
     if context.invoked_subcommand is None:
         demo_importance()
+        if needs := _clustered_needs(None, None):
+            typer.echo(f"Left out: {_needs_text(needs)}")
+        else:
+            demo_clustered()
 
 
 @demo_app.command("importance")
@@ -70,9 +83,7 @@ def demo_importance(
     Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
     """
     from flopwise.experiments import fashion_mnist, importance
-    from flopwise.report import write_report
 
-    console = Console()
     if budget is not None and budget <= 0:
         raise typer.BadParameter(f"a budget is above zero FLOPs; got {budget:g}.", param_hint="--budget")
     try:
@@ -86,32 +97,246 @@ def demo_importance(
     )
     if budget is not None:
         plan = replace(plan, flops=budget)
+    _run(lambda: importance.compare(plan, out), out)
+    _print_importance(Console(), out / "records.jsonl")
+    _print_paths(out)
+
+
+@demo_app.command("clustered")
+def demo_clustered(
+    texts: Annotated[int | None, typer.Option(min=10, help="Wikipedia texts of 512 tokens that MiniLM embeds.")] = None,
+    clips: Annotated[
+        int | None, typer.Option(min=0, help="Spoken prompts that Whisper transcribes; 0 leaves speech out.")
+    ] = None,
+    out: Out = Path("report"),
+) -> None:
+    """Exact against clustered attention in pretrained models, not fine-tuned: MiniLM and Whisper tiny.en's encoder.
+
+    Queries that are nearly equal share a row of attention, so that its cost grows with the length, not its square. The
+    page `index.html` shows how much of the answers is kept and what time it takes, for several numbers of clusters and
+    top-k, at several lengths, beside the ceiling (a model whose attention is free), and the attention itself.
+
+    The models and texts come in packages; if one is missing, the command says how to install it.
+    Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
+    """
+    if needs := _clustered_needs(texts, clips):
+        typer.echo(_needs_text(needs), err=True)
+        raise typer.Exit(2)
+    from flopwise.experiments import clustered
+
+    try:
+        _run(lambda: clustered.compare(_clustered_plan(texts, clips), out), out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--texts or --clips") from error
+    _print_clustered(Console(), out / "records.jsonl")
+    _print_paths(out)
+
+
+class Metric(StrEnum):
+    cosine = "cosine"
+    task = "task"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What tells one run of `flopwise tune` from another."""
+
+    model: str
+    data: str
+    tolerance: float
+    metric: str
+    started: str
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="Folder or name of a Hugging Face text encoder, or an installed package with one.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            exists=True, dir_okay=False, help='Your texts, one a line; in a .jsonl file the field "text" of each line.'
+        ),
+    ],
+    tolerance: Annotated[
+        float, typer.Option(help="The fidelity to keep, averaged over texts: 1 is the same answers as exact attention.")
+    ] = 0.99,
+    metric: Annotated[
+        Metric,
+        typer.Option(
+            help="cosine: between the answers (logits, or the mean of the last states). task: the share of texts with "
+            "the same decision (largest logit, or nearest neighbour)."
+        ),
+    ] = Metric.cosine,
+    out: Annotated[Path, typer.Option(help="Folder of the settings, the records and the page.")] = Path("tuned"),
+) -> None:
+    """Find the cheapest clustered attention, layer by layer, that keeps a model's answers within a fidelity you name.
+
+    One half of the texts is for the search, the other decides. Time is measured here, at the lengths of your texts:
+    give some dozens at least, as long as those you will use, and run nothing else meanwhile. Where clustering does not
+    pay, it says so and the model stays exact.
+
+    It writes `clustered.json`, and the page `index.html` with the fidelity and time of everything it tried. To use it:
+
+        from flopwise.integrations import transformers as fw
+
+        fw.use_clustered(model, config="tuned/clustered.json")
+    """
+    if not 0 < tolerance <= 1:
+        raise typer.BadParameter(
+            f"a tolerance is a fidelity above 0 and at most 1; got {tolerance:g}.", param_hint="--tolerance"
+        )
+    try:
+        import transformers
+
+        from flopwise.integrations.tune import tune_texts
+    except ImportError as error:
+        typer.echo(f"`flopwise tune` needs transformers 5: pip install 'flopwise[hf]' ({error}).", err=True)
+        raise typer.Exit(2) from error
+    from flopwise.experiments.runner import Records
+    from flopwise.report import write_report
+
+    transformers.utils.logging.disable_progress_bar()  # ours is shown
+    console, page = Console(), out / "index.html"
+    search = Search(model, data.name, tolerance, metric.value, datetime.now(UTC).isoformat(timespec="seconds"))
+    records: list[Records] = []  # one, once there is something to write: a refused search leaves no folder
+
+    def note(record: dict[str, Any]) -> None:
+        if not records:
+            records.append(Records(out))
+        records[0].add(search, {"experiment": "tune", **record})
+
+    try:
+        with _progress(console) as progress:
+            task = progress.add_task("loading", total=1.0)
+            found = tune_texts(
+                _find_model(model),
+                data,
+                tolerance=tolerance,
+                metric=metric.value,
+                progress=lambda share, doing: progress.update(task, completed=share, description=doing),
+                note=note,
+            )
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command starts the search again; settings found before are as they were.")
+        if records:
+            write_report(records[0].path, page)
+            console.print(f"What was seen so far: [bold]{page}[/bold]", highlight=False)
+        raise typer.Exit(130) from None
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    found.write(out / "clustered.json")
+    write_report(out / "records.jsonl", page)
+    console.print(f"[bold]{found.verdict}[/bold]", highlight=False)
+    if found.config["clustered"]:
+        entries = [
+            [str(entry["layer"]), str(entry["clusters"]), str(entry["topk"]), str(entry["min_length"])]
+            for entry in found.config["clustered"]
+        ]
+        _print_table(console, ["layer", "clusters", "top-k", "exact below"], entries)
+    console.print(f"The settings: [bold]{out / 'clustered.json'}[/bold]", highlight=False)
+    _print_paths(out)
+
+
+def _find_model(name: str) -> str:
+    """The folder of the model which an installed package carries; any other name as it is."""
+    package = name.replace("-", "_")
+    if Path(name).is_dir() or not package.isidentifier():
+        return name
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return name
+    weights = Path(spec.origin).parent.glob("**/*.safetensors")  # other parts of a model have a config.json too
+    folders = sorted({path.parent for path in weights if (path.parent / "config.json").exists()})
+    if len(folders) > 1:
+        raise typer.BadParameter(f"a package with one model, or a folder; {name} has {len(folders)} models.")
+    return str(folders[0]) if folders else name
+
+
+def _clustered_needs(texts: int | None, clips: int | None) -> list[str]:
+    """Commands which install what the demo of clustered attention needs; empty if it can run."""
+    try:
+        from flopwise.experiments.clustered import missing
+    except ImportError:
+        return ["pip install 'flopwise[hf]'"]
+    return missing(_clustered_plan(texts, clips))
+
+
+def _clustered_plan(texts: int | None, clips: int | None) -> "Plan":
+    from flopwise.experiments.clustered import Plan
+
+    given = {"texts": texts, "clips": clips}
+    return replace(Plan(), **{name: count for name, count in given.items() if count is not None})
+
+
+def _needs_text(needs: Sequence[str]) -> str:
+    commands = "".join(f"\n    {command}" for command in needs)
+    return f"`flopwise demo clustered` runs pretrained models on texts and speech; for these, first{commands}"
+
+
+def _run(experiment: Callable[[], Any], out: Path) -> None:
+    """Run it, and write the page of its records; interrupted, of those which there are."""
+    from flopwise.report import write_report
+
     records, page = out / "records.jsonl", out / "index.html"
     try:
-        importance.compare(plan, out)
+        experiment()
     except KeyboardInterrupt:
         write_report(records, page)
-        console.print(f"Stopped. What was done is in {page}; the same command goes on from here.")
+        Console().print(f"Stopped. What was done is in {page}; the same command goes on from here.")
         raise typer.Exit(130) from None
     write_report(records, page)
-    _print_verdict(console, records)
-    console.print(f"The page: [bold]{page}[/bold]   The records: {records}", highlight=False)
 
 
-def _print_verdict(console: Console, path: Path) -> None:
+def _progress(console: Console) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _print_importance(console: Console, path: Path) -> None:
     """The result table and the verdict in words."""
-    from rich.table import Table
-
     from flopwise.report import read_records
     from flopwise.report.importance import markdown_table, verdict
 
-    records = read_records(path)
+    records = [record for record in read_records(path) if record["experiment"] == "importance"]
     head, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in markdown_table(records).splitlines()
     )
+    _print_table(console, head, rows)
+    title, text = verdict(records)
+    console.print(f"[bold]{title}[/bold]\n{text}", highlight=False)
+
+
+def _print_clustered(console: Console, path: Path) -> None:
+    """A table for each task and the verdict in words."""
+    from flopwise.report import read_records
+    from flopwise.report.clustered import cells, columns, select, verdict
+
+    records = [record for record in read_records(path) if record["experiment"] == "clustered"]
+    for task in select(records).tasks:
+        console.print(task.title, highlight=False)
+        _print_table(console, columns(task), [cells(row) for row in task.rows])
+    title, text = verdict(records)
+    console.print(f"[bold]{title}[/bold]\n{text}", highlight=False)
+
+
+def _print_table(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
     table = Table(*head)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    title, text = verdict(records)
-    console.print(f"[bold]{title}[/bold]\n{text}", highlight=False)
+
+
+def _print_paths(out: Path) -> None:
+    page, records = out / "index.html", out / "records.jsonl"
+    Console().print(f"The page: [bold]{page}[/bold]   The records: {records}", highlight=False)

@@ -55,7 +55,8 @@ class ImportanceSampler:
     into pieces of r * batch_size; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||,
     and `batch_size` examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n. While it is off
     every example is trained on in plain batches, and scores come from the outputs of the training step: of the first
-    40 presamples, then of one in 4, which is cheaper and enough. A presample, or its last piece, that is no larger than `batch_size` is trained on whole.
+    40 presamples, then of one in 4, which is cheaper and enough. A presample, or its last piece, that is no larger than
+    `batch_size` is trained on whole.
 
     Args:
         forward: data -> outputs (logits), dimension 0 the example. It runs without gradient to score, and should be the

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn without a library: lines over two axes, and stacked bars.
+"""Charts as inline SVG, drawn without a library: lines or points over two axes, and stacked bars.
 
 Colours are numbers: the style sheet gives each a colour (light and dark) and a dash pattern, so a method looks the same
 in every chart. Sizes are in units of the SVG's view box, which scales with the page.
@@ -6,25 +6,30 @@ in every chart. Sizes are in units of the SVG's view box, which scales with the 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from flopwise.report.words import number
 
 WIDTH, HEIGHT = 520, 320
+LETTER = 8.4  # width of a letter in a label, at its larger size on narrow screens
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 34, 56  # room for the ticks and the two axis labels
 
 
 @dataclass(frozen=True)
 class Axis:
-    """`unit` follows the numbers where they are read out; `low` and `high` override the range of the data."""
+    """`unit` follows the numbers where they are read out; `low` and `high` override the range of the data.
+
+    A `reverse` axis has its small values at the top, or the right.
+    """
 
     label: str
     unit: str = ""
     log: bool = False
     low: float | None = None
     high: float | None = None
+    reverse: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,24 @@ class Series:
     def heights(self) -> list[float]:
         """Every y which is drawn, the band's included."""
         return [y for _, y in self.points] + [y for pair in self.band or () for y in pair]
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points (x, y, label) which are not joined; an empty label is not written."""
+
+    name: str
+    points: Sequence[tuple[float, float, str]]
+    colour: int = 0
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points to the left of which none is as high, from left to right: cheaper means worse."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not found or y > found[-1][1]:
+            found.append((x, y))
+    return found
 
 
 def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -71,18 +94,7 @@ def line_chart(title: str, series: Sequence[Series], *, x: Axis, y: Axis) -> str
     across = _Scale(x, xs, start=LEFT, end=right, margin=0.0)
     up = _Scale(y, ys, start=bottom, end=TOP, margin=0.06)
 
-    parts = []
-    for tick in up.ticks():
-        at = f"{up(tick):.1f}"
-        parts.append(f'<path class="grid" d="M{LEFT} {at}H{right}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at}" dy=".33em" text-anchor="end">{tick:.6g}</text>')
-    for tick in across.ticks():
-        at = f"{across(tick):.1f}"
-        parts.append(f'<path class="tick" d="M{at} {bottom}v5"/>')
-        parts.append(f'<text x="{at}" y="{bottom + 22}" text-anchor="middle">{tick:.6g}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
-    parts.append(f'<text class="label" x="0" y="16">{escape(_label(y))}</text>')
-    parts.append(f'<text class="label" x="{right}" y="{HEIGHT - 8}" text-anchor="end">{escape(_label(x))}</text>')
+    parts = _axes(across, up, x, y)
     for line in series:
         if line.band:
             lows = [(across(p[0]), up(low)) for p, (low, _) in zip(line.points, line.band, strict=True)]
@@ -113,6 +125,67 @@ def line_chart(title: str, series: Sequence[Series], *, x: Axis, y: Axis) -> str
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description)}">{"".join(parts)}</svg>'
         '<div class="tip" role="status" hidden></div></div>'
         f"{_legend('s', [(line.colour, line.name) for line in series])}</figure>"
+    )
+
+
+def scatter(
+    title: str,
+    clouds: Sequence[Cloud],
+    *,
+    x: Axis,
+    y: Axis,
+    line: Sequence[tuple[float, float]] = (),
+    level: tuple[float, str] | None = None,
+) -> str:
+    """A figure with labelled points, a thin `line` such as their frontier, and a horizontal `level` (y, its name).
+
+    Raises:
+        ValueError: there is no point to draw, or a value <= 0 on a logarithmic axis.
+    """
+    points = [point for cloud in clouds for point in cloud.points]
+    if not points:
+        raise ValueError(f"the chart {title!r} needs at least one point, but got none. Leave the chart out.")
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    heights = [point[1] for point in points] + ([level[0]] if level else [])
+    across = _Scale(x, [point[0] for point in points], start=LEFT, end=right, margin=0.08)
+    up = _Scale(y, heights, start=bottom, end=TOP, margin=0.08)
+
+    parts = _axes(across, up, x, y)
+    drawn = [(across(px), up(py), label) for px, py, label in points]
+    named: list[Box] = []
+    if level:
+        at = up(level[0])
+        wide = LETTER * len(level[1])
+        corners = [(left, top) for top in (at - 18, at + 2) for left in (LEFT + 4, right - wide)]
+        boxes = [(left, top, left + wide, top + 16) for left, top in corners]
+        hidden = [sum(_overlap(box, (x - 5, y - 5, x + 5, y + 5)) for x, y, _ in drawn) for box in boxes]
+        named = [boxes[hidden.index(min(hidden))]]
+        parts.append(f'<path class="level" d="M{LEFT} {at:.1f}H{right}"/>')
+        parts.append(f'<text class="mark" x="{named[0][0]:.1f}" y="{named[0][1] + 12:.1f}">{escape(level[1])}</text>')
+    if line:
+        parts.append(f'<path class="frontier" d="{_path([(across(px), up(py)) for px, py in line])}"/>')
+    for cloud in clouds:
+        for px, py, label in cloud.points:
+            name = f"{cloud.name}, {label}" if label else cloud.name
+            value = f"{_label(x)} {_exactly(px)}, {_label(y)} {_exactly(py)}"
+            parts.append(
+                f'<circle class="end s{cloud.colour}" cx="{across(px):.1f}" cy="{up(py):.1f}" r="4.5">'
+                f"<title>{escape(f'{name}: {value}')}</title></circle>"
+            )
+    for left, baseline, label in _place_labels(drawn, named):
+        parts.append(f'<text class="mark" x="{left:.1f}" y="{baseline:.1f}">{escape(label)}</text>')
+    counted = "; ".join(f"{cloud.name}: {len(cloud.points)}" for cloud in clouds if cloud.points)
+    description = f"{title}. {_label(y)} against {_label(x)}. Points: {counted}."
+    keys = [
+        f'<li><svg width="14" height="14" aria-hidden="true"><circle class="end s{cloud.colour}" cx="7" cy="7" r="5"/>'
+        f"</svg>{escape(cloud.name)}</li>"
+        for cloud in clouds
+        if cloud.points
+    ]
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg class="scatter" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" aria-label="{escape(description)}">{"".join(parts)}</svg>'
+        f'<ul class="legend">{"".join(keys)}</ul></figure>'
     )
 
 
@@ -156,7 +229,8 @@ class _Scale:
             raise ValueError(
                 f"a logarithmic axis needs values above 0, but {axis.label!r} got {min(values)}. Use a linear axis."
             )
-        self.log, self.start, self.end = axis.log, start, end
+        self.log = axis.log
+        self.start, self.end = (end, start) if axis.reverse else (start, end)
         low, high = self._bend(min(values)), self._bend(max(values))
         if low == high:
             low, high = low - 0.5, high + 0.5
@@ -172,6 +246,54 @@ class _Scale:
 
     def _bend(self, value: float) -> float:
         return math.log10(value) if self.log else value
+
+
+def _axes(across: _Scale, up: _Scale, x: Axis, y: Axis) -> list[str]:
+    """Ticks, their numbers, the lines behind and below the data, and the names of both axes."""
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = []
+    for tick in up.ticks():
+        at = f"{up(tick):.1f}"
+        parts.append(f'<path class="grid" d="M{LEFT} {at}H{right}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at}" dy=".33em" text-anchor="end">{tick:.6g}</text>')
+    for tick in across.ticks():
+        at = f"{across(tick):.1f}"
+        parts.append(f'<path class="tick" d="M{at} {bottom}v5"/>')
+        parts.append(f'<text x="{at}" y="{bottom + 22}" text-anchor="middle">{tick:.6g}</text>')
+    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
+    parts.append(f'<text class="label" x="0" y="16">{escape(_label(y))}</text>')
+    parts.append(f'<text class="label" x="{right}" y="{HEIGHT - 8}" text-anchor="end">{escape(_label(x))}</text>')
+    return parts
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _place_labels(
+    points: Sequence[tuple[float, float, str]], written: Sequence[Box] = ()
+) -> list[tuple[float, float, str]]:
+    """Where the labels start, and their baselines: right, left, above or below, where they hide nothing; or nowhere."""
+    taken: list[Box] = [*written, *((x - 5, y - 5, x + 5, y + 5) for x, y, _ in points)]
+    placed = []
+    for x, y, label in points:
+        width = LETTER * len(label)
+        for left, baseline in ((x + 8, y + 4), (x - 8 - width, y + 4), (x - width / 2, y - 9), (x - width / 2, y + 18)):
+            box = (left, baseline - 11, left + width, baseline + 3)
+            inside = box[0] >= LEFT and box[2] <= WIDTH and box[3] <= HEIGHT - BOTTOM
+            if label and inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                placed.append((left, baseline, label))
+                break
+    return placed
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _exactly(value: float) -> str:
+    """Four digits: fidelities differ in the third."""
+    return f"{value:.4g}"
 
 
 def _label(axis: Axis) -> str:

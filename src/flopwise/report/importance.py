@@ -7,11 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
+from flopwise.report.records import Record, finite, without_number
 from flopwise.report.words import capital, flops_text, mean_std, number, plural, relative, times
-
-Record = dict[str, Any]
 
 LABELS = {
     "uniform": "uniform (tuned)",
@@ -24,11 +23,9 @@ PHASES = {"training": "training", "scoring": "scoring", "loading": "augmentation
 GOAL_LOSS, GOAL_ERROR = 0.75, 0.95  # the project's goal, as ratios to uniform
 
 
-def problem(record: object) -> str | None:
+def problem(record: Record) -> str | None:
     """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
-    if not isinstance(record, dict):
-        return f"not an object but {type(record).__name__}"
-    choices = {"experiment": ("importance",), "kind": ("tune", "run"), "method": tuple(LABELS)}
+    choices = {"kind": ("tune", "run"), "method": tuple(LABELS)}
     for key, allowed in choices.items():
         if record.get(key) not in allowed:
             return f"one with {key} {record.get(key)!r}, not one of {', '.join(allowed)}"
@@ -36,12 +33,8 @@ def problem(record: object) -> str | None:
     for key, kind in containers.items():
         if not isinstance(record.get(key), kind):
             return f"one without {key} ({'an object' if kind is dict else 'a list'})"
-    numbers = {key: record.get(key) for key in ("seed", "rate", "batch_size", "seconds")}
-    numbers |= {f"flops.{phase}": record["flops"].get(phase) for phase in PHASES}
-    for key, value in numbers.items():
-        if not finite(value):
-            return f"one without {key} (a number)"
-    return None
+    numbers = ["seed", "rate", "batch_size", "seconds", *(f"flops.{phase}" for phase in PHASES)]
+    return without_number(record, numbers)
 
 
 @dataclass(frozen=True)
@@ -61,10 +54,6 @@ def select(records: Sequence[Record]) -> Selection:
     methods = {method: [r for r in runs.values() if r["method"] == method] for method in LABELS}
     methods = {method: kept for method, kept in methods.items() if kept}
     return Selection(list(tuning.values()), methods, left_out=len(every) - len(runs))
-
-
-def finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def converged(runs: Sequence[Record]) -> list[Record]:

@@ -9,13 +9,11 @@ from flopwise.report.importance import (
     LABELS,
     PHASES,
     VARIANTS,
-    Record,
     Selection,
     against,
     budget_text,
     converged,
     error_text,
-    finite,
     goal,
     loss_text,
     ratios_text,
@@ -25,6 +23,7 @@ from flopwise.report.importance import (
     verdict,
 )
 from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
+from flopwise.report.records import Record, finite, where_measured
 from flopwise.report.words import capital, distinct, flop_unit, flops_text, number, plural, times
 
 COLOURS = {method: colour for colour, method in enumerate(LABELS)}
@@ -229,12 +228,8 @@ def _data(record: Record) -> str:
 
 
 def _measured(records: Sequence[Record], selection: Selection) -> Section:
-    def machine(key: str) -> str:
-        return distinct(r["machine"].get(key, "unknown") for r in records)
-
     methods = selection.methods
     drawn = [r for method, runs in methods.items() if method != "uniform" for r in runs]
-    days = sorted(str(r["time"]) for r in records if r.get("time"))
     rows = {
         "task": f"a small convolutional network; {distinct(_data(r) for r in records)}",
         "budget of a run": distinct(budget_text(r) for runs in methods.values() for r in runs),
@@ -242,10 +237,7 @@ def _measured(records: Sequence[Record], selection: Selection) -> Section:
             f"{LABELS[method]}: {distinct(r['seed'] for r in runs)}" for method, runs in methods.items()
         ),
         "presample": distinct(f"{r['presample_size']} images" for r in drawn if r.get("presample_size")),
-        "processor": f"{machine('processor')}, {machine('cores')} cores",
-        "versions": f"flopwise {machine('flopwise')}, torch {machine('torch')}, Python {machine('python')}",
-        "commit": distinct(r.get("commit") or "unknown" for r in records),
-        "measured": " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "",
+        **where_measured(records),
     }
     body = table("What ran, and where", ["what", "value"], [[name, value or "–"] for name, value in rows.items()])
     body += paragraph(

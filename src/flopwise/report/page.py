@@ -75,13 +75,16 @@ def table(
     rows: Sequence[Sequence[str]],
     *,
     marked: Collection[tuple[int, int]] = (),
+    prose: bool = False,
 ) -> str:
     """A table whose first column names the rows.
 
     On a narrow screen each row becomes a block of "column: value" lines; the explicit roles keep it a table for
-    screen readers there. `marked` are the (row, column) cells to highlight, counted from 0.
+    screen readers there. `marked` are the (row, column) cells to highlight, counted from 0, none of the first column;
+    the cells of `prose` are sentences, not numbers.
     """
     head = "".join(f'<th scope="col" role="columnheader">{escape(column)}</th>' for column in columns)
+    kind = ' class="prose"' if prose else ""
     body = []
     for i, (name, *values) in enumerate(rows):
         cells = [f'<th scope="row" role="rowheader">{escape(name)}</th>']
@@ -90,7 +93,7 @@ def table(
             cells.append(f'<td role="cell" data-column="{escape(column)}"{mark}>{escape(value)}</td>')
         body.append(f'<tr role="row">{"".join(cells)}</tr>')
     return (
-        f'<table role="table"><caption>{escape(caption)}</caption>'
+        f'<table role="table"{kind}><caption>{escape(caption)}</caption>'
         f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(body)}</tbody></table>'
     )

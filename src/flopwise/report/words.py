@@ -24,6 +24,11 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f} ×"
 
 
+def percent(share: float) -> str:
+    """86.7 %"""
+    return f"{100 * share:.1f} %"
+
+
 def relative(ratio: float) -> str:
     """5.2 % lower"""
     change = 100 * (ratio - 1)

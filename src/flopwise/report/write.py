@@ -4,10 +4,23 @@ import json
 import os
 from pathlib import Path
 
-from flopwise.report import importance
-from flopwise.report.importance import Record
-from flopwise.report.importance_sections import sections
+from flopwise.report import (
+    clustered,
+    clustered_sections,
+    importance,
+    importance_sections,
+    tuned,
+    tuned_sections,
+)
 from flopwise.report.page import Section, page, paragraph
+from flopwise.report.records import Record
+
+PROBLEM = {"importance": importance.problem, "clustered": clustered.problem, "tune": tuned.problem}
+SECTIONS = {
+    "importance": importance_sections.sections,
+    "clustered": clustered_sections.sections,
+    "tune": tuned_sections.sections,
+}
 
 
 def read_records(path: Path) -> list[Record]:
@@ -29,7 +42,7 @@ def read_records(path: Path) -> list[Record]:
             if number == len(lines):
                 break
             raise _malformed(path, number, f"not JSON ({error})") from error
-        problem = importance.problem(record)
+        problem = _problem(record)
         if problem:
             raise _malformed(path, number, problem)
         records.append(record)
@@ -39,13 +52,18 @@ def read_records(path: Path) -> list[Record]:
 def write_report(records_path: Path, page_path: Path) -> None:
     """Write the page of the records at `records_path` to `page_path`, whole or not at all.
 
+    Several experiments in one file are one page, one after the other.
+
     Raises:
         FileNotFoundError: there is no file at `records_path`. (An empty file gives a page which says so.)
         ValueError: see `read_records`.
     """
     records = read_records(records_path)
-    empty = Section("No records yet", paragraph(f"{records_path.name} holds no finished run."))
-    text = page("Stop wasting FLOPs: what was measured", sections(records) if records else [empty])
+    sections = [Section("No records yet", paragraph(f"{records_path.name} holds no finished run."))]
+    if records:
+        experiments = {name: [r for r in records if r["experiment"] == name] for name in SECTIONS}
+        sections = [part for name, found in experiments.items() if found for part in SECTIONS[name](found)]
+    text = page("Stop wasting FLOPs: what was measured", sections)
 
     page_path.parent.mkdir(parents=True, exist_ok=True)
     part = page_path.with_name(f".{page_path.name}.{os.getpid()}.part")
@@ -54,6 +72,16 @@ def write_report(records_path: Path, page_path: Path) -> None:
         part.replace(page_path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _problem(record: object) -> str | None:
+    """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
+    if not isinstance(record, dict):
+        return f"not an object but {type(record).__name__}"
+    experiment = record.get("experiment")
+    if experiment not in PROBLEM:
+        return f"one with experiment {experiment!r}, not one of {', '.join(PROBLEM)}"
+    return PROBLEM[experiment](record)
 
 
 def _malformed(path: Path, number: int, problem: str) -> ValueError:
