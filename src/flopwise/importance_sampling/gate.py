@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flopwise.importance_sampling.draw import Draw
-from flopwise.importance_sampling.variance import cost_adjusted, moving_average, relative_variances, variance_ratio
+from flopwise.importance_sampling.variance import cost_adjusted, moving_average, relative_variances
 
 GateRule = Literal["auto", "paper", "always", "never"]
 RATIOS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -42,12 +42,26 @@ class Gate:
 
     def update(self, scores: Float[Tensor, " n"]) -> float:
         """Learn from the scores of a whole presample (uniform data, sampled from or not) and return their tau^2."""
-        tau2 = variance_ratio(scores)
+        return self.learn(self.evidence(scores))
+
+    def evidence(self, scores: Float[Tensor, " n"]) -> list[float]:
+        """What a presample's scores say, in numbers that add up over ranks: n, sum S, sum S^2 and, for every ratio, the
+        variance of a draw from it, sum S^2 * relative_variance. Local draws are independent: their variances add."""
+        if len(scores) == 0:
+            return [0.0] * (3 + len(RATIOS))
+        squares = float(scores.double().square().sum())
+        variances = relative_variances(scores, _RATIOS, self.draw, self.smoothing, scores)
+        return [len(scores), float(scores.double().sum()), squares, *(squares * variances).tolist()]
+
+    def learn(self, evidence: list[float]) -> float:
+        """Learn from the evidence of one presample, or the sum of several ranks', and return its tau^2."""
+        count, total, squares, *variances = evidence
+        tau2 = count * squares / total**2 if total > 0 else 1.0
         self.updates += 1
         self.tau = moving_average(self.tau, tau2**0.5)
-        new = relative_variances(scores, _RATIOS, self.draw, self.smoothing, scores).tolist()
-        for ratio, variance in zip(RATIOS, new, strict=True):
-            self.variances[ratio] = moving_average(self.variances[ratio], variance)
+        for ratio, variance in zip(RATIOS, variances, strict=True):
+            new = variance / squares if squares > 0 else 1.0
+            self.variances[ratio] = moving_average(self.variances[ratio], new)
         return tau2
 
     def decide(self, largest_ratio: float, scoring_cost: float | None) -> None:

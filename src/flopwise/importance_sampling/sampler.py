@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from flopwise.core.ledger import Cost, Ledger, active_ledger
 from flopwise.importance_sampling.draw import Draw, draw_with_replacement, draw_without_replacement, probabilities
 from flopwise.importance_sampling.gate import Gate, GateRule
 from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen
+from flopwise.importance_sampling.ranks import Ranks
 from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
 
 SCORED_ALL, SCORED_ONE_IN = 40, 4  # while off: the first presamples, then one in so many (it costs 2 % of a step)
@@ -32,6 +34,7 @@ class WeightedBatch:
         indices: where in the presample each example was, on the CPU.
         drawn: whether this batch was drawn by importance; otherwise every example of the presample is trained on.
         positions: mean number of unmasked positions of the presample's examples, when the loss has a mask.
+        examples: `data` taken apart, for the ledger.
     """
 
     data: Any
@@ -39,6 +42,7 @@ class WeightedBatch:
     indices: Int[Tensor, " b"]
     drawn: bool
     positions: float | None = None
+    examples: Examples | None = field(default=None, repr=False, compare=False)
 
 
 class ImportanceSampler:
@@ -76,6 +80,9 @@ class ImportanceSampler:
         accumulate: batches per optimizer step; the gate is constant within such a window.
         weight_exponent: below 1 flattens the weights to w^k, scaled so that sum w S is kept. **Biased**, and opt-in.
         callback: called with `metrics()` after every presample, for loggers.
+        group: the processes that train this model together, each with a sampler of its own; None for all of them once
+            `torch.distributed` is initialised. They draw locally and share one gate, so their presamples must be of
+            equal size and number; wrap the model first and let `forward` call the wrapped one.
 
     Raises:
         ValueError: an argument outside its range; a loss that is reduced; scores that are not finite (see `batches`).
@@ -100,6 +107,7 @@ class ImportanceSampler:
         accumulate: int = 1,
         weight_exponent: float = 1.0,
         callback: Callable[[dict[str, float]], None] | None = None,
+        group: "dist.ProcessGroup | None" = None,
     ) -> None:
         _require(batch_size >= 1, f"batch_size is at least 1; got {batch_size}.")
         _require(accumulate >= 1, f"accumulate counts the batches of an optimizer step, at least 1; got {accumulate}.")
@@ -124,9 +132,12 @@ class ImportanceSampler:
         self.callback = callback
         self.models = find_models(forward) if model is None else [model] if isinstance(model, nn.Module) else model
         self._gate = Gate(gate, draw, smoothing)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._ranks = Ranks(group)
+        # torch's generator looks at 32 bits of a seed
+        self._generator = torch.Generator().manual_seed((seed + 1_000_003 * self._ranks.rank) % 2**32)
         self._ledger = Ledger()  # costs are measured even when the user keeps no ledger
         self._costs = _Costs(timed=cost == "seconds")
+        self._common_cost: float | None = None  # c over all ranks, as of the last presample
         self._scores: list[Tensor] = []  # of the presample that is being used
         self._last: dict[str, float] = {"tau2": 1.0, "ess": 0.0}
         self._largest_weight = 1.0
@@ -147,6 +158,13 @@ class ImportanceSampler:
         again: a loader with `state_dict` and `load_state_dict` is set back to it; any other must yield the same
         presamples in the same order as before, and those already used are skipped.
         """
+        for batch in self.draws(loader):
+            with self.step(batch):
+                yield batch
+
+    def draws(self, loader: Iterable[Any]) -> Iterator[WeightedBatch]:
+        """The same batches for a trainer that fetches some before it trains on them: each is trained on inside
+        `with sampler.step(batch)`, in order."""
         stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         skip = 0
         if not self._resuming:
@@ -162,6 +180,15 @@ class ImportanceSampler:
                 continue
             yield from self._use(Examples(presample))
             self._presample, self._position, self._decided = self._presample + 1, 0, False
+
+    @contextmanager
+    def step(self, batch: WeightedBatch) -> Iterator[None]:
+        """Train on `batch` inside: for trainers that fetch with `draws`. `batches` does both."""
+        examples = batch.examples or Examples(batch.data)
+        statistics = statistics_frozen(self.models) if batch.drawn else nullcontext()
+        with statistics, self._phase("training", examples) as self._open_step:
+            yield
+            self._book_step()
 
     def _positioned(self, loader: Iterable[Any], stateful: bool) -> Iterator[Any]:
         """The loader's presamples, after noting where it stood before each."""
@@ -180,7 +207,7 @@ class ImportanceSampler:
         A presample no larger than `batch_size` comes back whole, with weights 1.
         """
         examples = Examples(presample)
-        batch = self._draw(examples, slice(0, len(examples)))[0]
+        batch = self._draw(examples, slice(0, len(examples)))
         self._learn()
         return batch
 
@@ -254,7 +281,7 @@ class ImportanceSampler:
         all FLOPs spent through this sampler.
         """
         spent = sum(self._flops.values()) + (self._open_step.flops if self._open_step else 0)
-        scoring_cost = float("nan") if self._costs.ratio is None else self._costs.ratio
+        scoring_cost = float("nan") if self._scoring_cost is None else self._scoring_cost
         return {
             "tau": self._last["tau2"] ** 0.5,
             "tau2": self._last["tau2"],
@@ -279,6 +306,7 @@ class ImportanceSampler:
             "gate": self._gate.state_dict(),
             "generator": self._generator.get_state(),
             "costs": self._costs.state_dict(),
+            "common_cost": self._common_cost,
             "scores": torch.cat(self._scores) if self._scores else torch.empty(0),
             "last": dict(self._last),
             "largest_weight": self._largest_weight,
@@ -293,6 +321,7 @@ class ImportanceSampler:
         self._gate.load_state_dict(state["gate"])
         self._generator.set_state(state["generator"])
         self._costs.load_state_dict(state["costs"])
+        self._common_cost = state.get("common_cost")  # absent from states of 0.1
         self._scores = [state["scores"]] if len(state["scores"]) else []
         self._last, self._largest_weight = dict(state["last"]), state["largest_weight"]
         self._steps, self._steps_drawn = state["steps"]
@@ -308,7 +337,8 @@ class ImportanceSampler:
     def _use(self, presample: Examples) -> Iterator[WeightedBatch]:
         """The batches of one presample, from `_position` on."""
         size = len(presample)
-        plain: list[tuple[WeightedBatch, Examples]] = []
+        self._ranks.require_equal(size)
+        plain: list[WeightedBatch] = []
         while self._position < size:
             left = size - self._position
             if not self._decided and self._steps % self.accumulate == 0:
@@ -316,28 +346,35 @@ class ImportanceSampler:
             if self._gate.on and left > self.batch_size:
                 pieces = max(1, round(left / (self._gate.ratio * self.batch_size)))
                 stop = self._position + ceil(left / pieces)
-                batch, examples = self._draw(presample, slice(self._position, stop))
+                batch = self._draw(presample, slice(self._position, stop))
             else:
                 plain = plain or _plain(presample, self._position, self.batch_size)
-                batch, examples = plain.pop()
-                stop = self._position + len(examples)
+                batch = plain.pop()
+                stop = self._position + len(batch.indices)
             self._position = stop
             self._steps += 1
             self._steps_drawn += batch.drawn
-            statistics = statistics_frozen(self.models) if batch.drawn else nullcontext()
-            with statistics, self._phase("training", examples) as self._open_step:
-                yield batch
-                self._book_step()
+            yield batch
         self._learn()
 
     def _decide(self, presample: Examples) -> None:
         """Let the gate decide, after making sure that it knows what scoring costs."""
-        if self._gate.rule in ("auto", "paper") and self._costs.needs("scoring"):
+        if self._gate.rule in ("auto", "paper") and self._scoring_unmeasured:
             self._score(presample[self._position : self._position + self.batch_size], statistics=False)
-        self._gate.decide(len(presample) / self.batch_size, self._costs.ratio)
+        self._gate.decide(len(presample) / self.batch_size, self._scoring_cost)
         self._decided = True
 
-    def _draw(self, presample: Examples, piece: slice) -> tuple[WeightedBatch, Examples]:
+    @property
+    def _scoring_cost(self) -> float | None:
+        """c; None while unknown."""
+        return self._costs.ratio if self._ranks.count == 1 else self._common_cost
+
+    @property
+    def _scoring_unmeasured(self) -> bool:
+        """Whether the cost of scoring is still to be measured: on every rank alike, since a forward needs them all."""
+        return self._costs.needs("scoring") if self._ranks.count == 1 else self._common_cost is None
+
+    def _draw(self, presample: Examples, piece: slice) -> WeightedBatch:
         """Score a piece of the presample and draw from it."""
         draws = self.draw_size()
         if piece.stop - piece.start <= draws:
@@ -353,7 +390,7 @@ class ImportanceSampler:
         self._largest_weight = float(weights.max())
         drawn = candidates[indices]
         weights = weights.to(drawn.device, torch.float32)
-        return WeightedBatch(drawn.data, weights, indices + piece.start, True, positions), drawn
+        return WeightedBatch(drawn.data, weights, indices + piece.start, True, positions, drawn)
 
     def _score(self, examples: Examples, *, statistics: bool = True) -> tuple[Float[Tensor, " n"], float | None]:
         """The scores of `examples` and, when the loss has a mask, their mean number of unmasked positions."""
@@ -389,11 +426,23 @@ class ImportanceSampler:
         scores = torch.cat(self._scores) if self._scores else torch.empty(0)
         self._scores = []
         scores = scores[scores.isfinite()]  # what a GradScaler overflowed says nothing about the examples
-        if len(scores):
-            tau2 = self._gate.update(scores)
-            self._last = {"tau2": tau2, "ess": len(scores) / tau2}
+        if self._ranks.count > 1 and self._gate.rule != "never":
+            evidence = self._agree(self._gate.evidence(scores))
+        else:
+            evidence = self._gate.evidence(scores)
+        if evidence[0] > 0:
+            tau2 = self._gate.learn(evidence)
+            self._last = {"tau2": tau2, "ess": evidence[0] / tau2}
         if self.callback is not None:
             self.callback(self.metrics())
+
+    def _agree(self, evidence: list[float]) -> list[float]:
+        """The evidence of all ranks, added up; on the way they agree on the cost of scoring."""
+        known = self._costs.known if self._costs.ratio is not None else {}
+        costs = [float(bool(known)), known.get("scoring", 0.0), known.get("training", 0.0)]
+        ready, scoring, training, *evidence = self._ranks.sum(costs + evidence)
+        self._common_cost = scoring / training if ready == self._ranks.count else None
+        return evidence
 
     def _phase(self, name: str, examples: Examples) -> Cost:
         return (active_ledger() or self._ledger).phase(name, examples)
@@ -440,7 +489,7 @@ class _Costs:
         self.timings = {kind: list(times) for kind, times in state["timings"].items()}
 
 
-def _plain(presample: Examples, start: int, size: int) -> list[tuple[WeightedBatch, Examples]]:
+def _plain(presample: Examples, start: int, size: int) -> list[WeightedBatch]:
     """The plain batches of a presample from `start` on, last first.
 
     All at once: right after a step of the network none of this code is in the processor's caches, and to run it there
@@ -451,8 +500,8 @@ def _plain(presample: Examples, start: int, size: int) -> list[tuple[WeightedBat
     for a in reversed(range(start, len(presample), size)):
         examples = presample[a : a + size]
         examples.signature  # noqa: B018  (the ledger will ask)
-        batch = WeightedBatch(examples.data, weights[: len(examples)], indices[a : a + size], drawn=False)
-        batches.append((batch, examples))
+        batch = WeightedBatch(examples.data, weights[: len(examples)], indices[a : a + size], False, None, examples)
+        batches.append(batch)
     return batches
 
 
