@@ -46,8 +46,8 @@ class Ranks:
         total, squares = self.sum([float(size), float(size) ** 2])
         if self.count * squares != total**2:
             raise ValueError(
-                f"all ranks get presamples of one size, or they would take different numbers of steps; rank {self.rank} "
-                f"got {size} examples and the {self.count} ranks {total:.0f} in all. Use a DistributedSampler, or "
+                "all ranks get presamples of one size, or they would take different numbers of steps; rank "
+                f"{self.rank} got {size} examples and the {self.count} ranks {total:.0f} in all. Use a DistributedSampler, or "
                 "drop_last=True, so that every rank sees as many."
             )
 
