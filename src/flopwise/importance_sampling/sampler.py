@@ -180,6 +180,9 @@ class ImportanceSampler:
                 continue
             yield from self._use(Examples(presample))
             self._presample, self._position, self._decided = self._presample + 1, 0, False
+        self._presample = 0  # a state taken between two passes goes on with the next
+        if stateful:
+            self._loader_state = loader.state_dict()  # type: ignore[attr-defined]
 
     @contextmanager
     def step(self, batch: WeightedBatch) -> Iterator[None]:

@@ -1,0 +1,79 @@
+"""Hugging Face Accelerate: importance sampling in a training loop that it prepared.
+
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # the loader yields presamples
+    sampler = ImportanceSampler(lambda batch: model(batch[0]), loss, batch_size=32, model=model)
+    importance = ImportanceSampling(accelerator, sampler, loader, optimizer)
+    for epoch in range(epochs):
+        for batch in importance.batches():
+            with accelerator.accumulate(model):
+                accelerator.backward(sampler.loss(model(batch.data[0]), batch))
+                optimizer.step()
+                optimizer.zero_grad()
+
+`accelerator.save_state` and `load_state` take the sampler along, on every rank. The prepared model scores as it trains:
+with its mixed precision, and on all ranks where a forward needs them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flopwise.importance_sampling import ImportanceSampler, WeightedBatch
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise ImportError(f"the Accelerate integration needs accelerate: pip install 'flopwise[hf]' ({error}).") from error
+
+from flopwise.integrations.importance import Passes, load_state, save_state, scale_rate
+
+
+class ImportanceSampling:
+    """Ties a sampler to what an `Accelerator` prepared: its loader, its optimizer, its checkpoints.
+
+    Args:
+        accelerator: windows of gradient accumulation are taken from it.
+        sampler: its `forward` calls the prepared model.
+        loader: prepared, yields presamples; it shuffles by the number of the pass (`use_seedable_sampler=True`) or not
+            at all. A stateful one (`use_stateful_dataloader=True`) resumes by its own state.
+        optimizer: prepared; its steps are taken at the rate times `sampler.rate_scale`. None leaves the rate alone.
+
+    Raises:
+        ValueError: the order of the loader cannot be had again after a restart, or accumulation ends with the loader.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        sampler: ImportanceSampler,
+        loader: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        windows = accelerator.gradient_accumulation_steps
+        if windows > 1 and accelerator.gradient_state.sync_with_dataloader:
+            raise ValueError(
+                "a presample is several batches, so windows of accumulation do not end with the loader; got "
+                f"{windows} steps that do. Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin("
+                f"num_steps={windows}, sync_with_dataloader=False))."
+            )
+        sampler.accumulate = windows
+        self.sampler = sampler
+        self.loader = Passes(loader, endless=False)
+        if optimizer is not None:
+            scale_rate(sampler, getattr(optimizer, "optimizer", optimizer))
+        rank = accelerator.process_index
+
+        def save(_models: Any, _weights: Any, folder: str) -> None:
+            save_state(sampler, Path(folder), rank)
+
+        def load(_models: Any, folder: str) -> None:
+            load_state(sampler, Path(folder), rank)
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+
+    def batches(self) -> Iterator[WeightedBatch]:
+        """One pass over the loader, as `ImportanceSampler.batches`; after `load_state`, the rest of the saved one."""
+        return self.sampler.batches(self.loader)
