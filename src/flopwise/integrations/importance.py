@@ -1,6 +1,6 @@
 """What the trainers' importance sampling shares: where a loader is, the rate of a drawn step, a state for each rank."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ class Passes:
 
     Args:
         endless: whether another pass follows when one ends; otherwise each `iter` is one pass.
+        prepare: applied to every presample.
     """
 
-    def __init__(self, loader: Any, *, endless: bool) -> None:
-        self.loader, self.endless = loader, endless
+    def __init__(self, loader: Any, *, endless: bool, prepare: Callable[[Any], Any] = lambda presample: presample):
+        self.loader, self.endless, self.prepare = loader, endless, prepare
         self.number, self.place = 0, 0
         self._stateful = getattr(loader, "use_stateful_dataloader", False)
         self._loader_state: Any = None
@@ -53,7 +54,7 @@ class Passes:
             loader.generator.manual_seed(self.number)
             for presample in loader:
                 self.place += 1
-                yield presample
+                yield self.prepare(presample)
             self.number, self.place, self._loader_state = self.number + 1, 0, None
             if not self.endless:
                 return
