@@ -114,7 +114,7 @@ def test_a_checkpoint_without_the_sampler_is_refused(tmp_path: Path):
     accelerator, _, optimizer, loader, sampler = prepared()
     accelerator.save_state(str(tmp_path))
     ImportanceSampling(accelerator, sampler, loader, optimizer)
-    with pytest.raises(ValueError, match=r"importance_0.pt is missing"):
+    with pytest.raises(ValueError, match=r"importance_0\.pt is missing"):
         accelerator.load_state(str(tmp_path))
 
 

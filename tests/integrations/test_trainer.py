@@ -32,7 +32,7 @@ def test_off_it_is_the_plain_trainer(kind: str, windows: int, tmp_path: Path):
         trainer_kind = ImportanceSamplingMixin if mixin else Trainer
         trainer = trainer_of(model, data, tmp_path, kind=trainer_kind, importance={"gate": "never"}, **options)
         if kind == "classes" and not mixin:
-            # else transformers 5.23 adds the windows' losses up for Bert, which ignores num_items_in_batch: 3 times too much
+            # transformers 5.23 adds up the losses of a window for Bert, which ignores num_items_in_batch
             trainer.loss_is_scaled_for_ga = False
         trainer.train()
         ends.append(parameters(trainer))
@@ -42,7 +42,7 @@ def test_off_it_is_the_plain_trainer(kind: str, windows: int, tmp_path: Path):
 
 
 def test_a_window_of_drawn_batches_is_unbiased_for_the_mean_over_its_tokens(tmp_path: Path):
-    """Two micro-batches drawn from two presamples of unequal lengths: the gradient of the sum over num_items_in_batch."""
+    """Two batches drawn from two presamples of unequal lengths: the gradient of the sum over num_items_in_batch."""
     trainer = trainer_of(
         llama(), Texts(causal=True), tmp_path, importance={"gate": "always"}, gradient_accumulation_steps=2
     )
@@ -128,7 +128,7 @@ def test_what_it_refuses(tmp_path: Path):
     with pytest.raises(ValueError, match=r"outputs \(2, 3\) and labels \(2, 3, 4\)"):
         trainer.loss_per_example(torch.zeros(2, 3), {"labels": torch.zeros(2, 3, 4, dtype=torch.long)})
     trainer_of(bert(), Texts(), tmp_path, kind=Trainer, max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="importance_0.pt is missing"):
+    with pytest.raises(ValueError, match=r"importance_0\.pt is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -47,8 +47,8 @@ class Ranks:
         if self.count * squares != total**2:
             raise ValueError(
                 "all ranks get presamples of one size, or they would take different numbers of steps; rank "
-                f"{self.rank} got {size} examples and the {self.count} ranks {total:.0f} in all. Use a DistributedSampler, or "
-                "drop_last=True, so that every rank sees as many."
+                f"{self.rank} got {size} examples and the {self.count} ranks {total:.0f} in all. "
+                "Use a DistributedSampler, or drop_last=True, so that every rank sees as many."
             )
 
 

@@ -14,16 +14,18 @@
 with its mixed precision, and on all ranks where a forward needs them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from flopwise.importance_sampling import ImportanceSampler, WeightedBatch
 
 try:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, skip_first_batches
+    from accelerate.data_loader import SeedableRandomSampler
 except ImportError as error:
     raise ImportError(f"the Accelerate integration needs accelerate: pip install 'flopwise[hf]' ({error}).") from error
 
@@ -37,7 +39,7 @@ class ImportanceSampling:
         accelerator: windows of gradient accumulation are taken from it.
         sampler: its `forward` calls the prepared model.
         loader: prepared, yields presamples; it shuffles by the number of the pass (`use_seedable_sampler=True`) or not
-            at all. A stateful one (`use_stateful_dataloader=True`) resumes by its own state.
+            at all, and may be stateful (`use_stateful_dataloader=True`).
         optimizer: prepared; its steps are taken at the rate times `sampler.rate_scale`. None leaves the rate alone.
 
     Raises:
@@ -60,7 +62,7 @@ class ImportanceSampling:
             )
         sampler.accumulate = windows
         self.sampler = sampler
-        self.loader = Passes(loader, endless=False)
+        self.loader = Passes(beginner_of(loader), endless=False)
         if optimizer is not None:
             scale_rate(sampler, getattr(optimizer, "optimizer", optimizer))
         rank = accelerator.process_index
@@ -77,3 +79,32 @@ class ImportanceSampling:
     def batches(self) -> Iterator[WeightedBatch]:
         """One pass over the loader, as `ImportanceSampler.batches`; after `load_state`, the rest of the saved one."""
         return self.sampler.batches(self.loader)
+
+
+def beginner_of(loader: Any) -> Callable[[int, int], Iterable[Any]]:
+    """(number of the pass, presamples to leave out) -> the others. Leaving out skips indices and loads nothing.
+
+    A stateful loader's own state holds where it is but not its order, so it is told its place like any other, after it
+    has forgotten what `accelerator.load_state` told it.
+    """
+    order = None if isinstance(loader.dataset, IterableDataset) else loader.get_sampler()
+    if not isinstance(order, SeedableRandomSampler | SequentialSampler):
+        raise ValueError(
+            "a resumed run needs the same presamples again, so the order of a pass must follow from its number; got "
+            f"sampler={type(order).__name__} over {type(loader.dataset).__name__}. Use a data set with indices, and "
+            "shuffle with DataLoaderConfiguration(use_seedable_sampler=True)."
+        )
+
+    fresh = loader.state_dict() if getattr(loader, "use_stateful_dataloader", False) else None
+
+    def begin(number: int, done: int) -> Iterable[Any]:
+        if fresh is not None:
+            loader.load_state_dict(fresh)
+        rest = skip_first_batches(loader, done) if done else loader
+        rest.set_epoch(number)
+        if rest.generator is None:  # else seeds for its workers come from the generator that dropout uses
+            rest.base_dataloader.generator = torch.Generator()
+        rest.generator.manual_seed(number)
+        return rest
+
+    return begin

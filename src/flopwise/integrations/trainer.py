@@ -7,9 +7,10 @@
     trainer = SamplingTrainer(model, args, train_dataset=data)
     trainer.train()
 
-`args` mean what they mean without it: `per_device_train_batch_size` is the batch of a training step, an epoch has as many
-steps as ever, `gradient_accumulation_steps`, mixed precision, checkpoints and `resume_from_checkpoint` work as ever. While
-the gate is on each batch is drawn from a presample and costs its scoring, so the data are gone through more often.
+`args` mean what they mean without it: `per_device_train_batch_size` is the batch of a training step, an epoch has as
+many steps as ever, `gradient_accumulation_steps`, mixed precision, checkpoints and `resume_from_checkpoint` work as
+ever. While the gate is on each batch is drawn from a presample and costs its scoring, so the data are gone through more
+often.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the Trainer integration needs transformers 5: pip install 'flopwise[hf]' ({error}).") from error
 
+from flopwise.integrations.accelerate import beginner_of
 from flopwise.integrations.importance import Passes, load_state, save_state, scale_rate
 
 IGNORED = -100  # transformers' label for a position that does not count
@@ -152,7 +154,9 @@ class ImportanceSamplingMixin(Trainer):
             loader = super().get_train_dataloader()
         finally:
             self._train_batch_size = batch_size
-        passes = Passes(loader, endless=True, prepare=lambda presample: dict(self._prepare_inputs(presample)))
+        passes = Passes(
+            beginner_of(loader), endless=True, prepare=lambda presample: dict(self._prepare_inputs(presample))
+        )
         window = batch_size * self.args.gradient_accumulation_steps
         windows = ceil(len(loader.dataset) / (window * self.args.world_size))
         self._sampler = None
