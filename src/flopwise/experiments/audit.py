@@ -1,0 +1,399 @@
+"""Will importance sampling help here? Measured on the user's own model, loss and data, before any long run.
+
+    from flopwise.experiments.audit import audit_importance
+
+    print(audit_importance(lambda: (model, loss, loader)))
+
+The prediction is R, the variance of a drawn step relative to a uniform one at equal cost: 1 / R is the speed-up where
+gradient noise is what limits training. It is not the score's own opinion: exact gradients of some hundred examples say
+what drawing by the score is worth, and the ledger and a clock say what it costs.
+"""
+
+import copy
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from flopwise.core import Ledger, endless
+from flopwise.core.batch import Examples
+from flopwise.importance_sampling import upper_bound_score
+from flopwise.importance_sampling.draw import draw_without_replacement, probabilities
+from flopwise.importance_sampling.gate import MARGIN, RATIOS
+from flopwise.importance_sampling.modes import scoring
+from flopwise.importance_sampling.scores import split_losses
+from flopwise.importance_sampling.variance import cost_adjusted, variance_ratio
+
+Loss = Callable[[Tensor, Any], Any]
+Forward = Callable[[nn.Module, Any], Tensor]
+SKETCH = 4096  # numbers kept of every example's gradient; the error of a variance is about sqrt(2 / SKETCH)
+DRAWS = 300  # simulated steps a ratio
+TIMINGS = 7
+SMOOTHING = 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What was measured after so many steps.
+
+    Args:
+        steps: uniform steps of training before.
+        tau2: the variance ratio of the exact gradient norms, and score_tau2 what the score claims.
+        variance: r -> variance of a step drawn by the score from r batches, over a uniform step's.
+        exact_variance: the same when drawn by the exact gradient norms.
+        noise_scale: gradient variance over squared mean gradient: the batch size at which noise and signal are equal.
+        examples: whose gradients were measured.
+    """
+
+    steps: int
+    tau2: float
+    score_tau2: float
+    variance: dict[float, float]
+    exact_variance: dict[float, float]
+    noise_scale: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result. `print` it, ask `helps`, or keep `record()`.
+
+    Args:
+        batch_size: of the loader.
+        cost: what "equal cost" means in R: "flops" or "seconds".
+        scoring_cost: c, the cost of scoring an example over that of training on one, by both measures.
+        stages: before any training and after some, in order; the last one decides.
+        seconds: that the audit took.
+    """
+
+    batch_size: int
+    cost: Literal["flops", "seconds"]
+    scoring_cost: dict[str, float]
+    stages: tuple[Stage, ...]
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """r with the smallest R."""
+        return min(RATIOS, key=lambda r: self.R_at(r))
+
+    @property
+    def R(self) -> float:
+        """Predicted variance at equal cost, relative to uniform sampling."""
+        return self.R_at(self.ratio)
+
+    def R_at(self, ratio: float, *, scoring_cost: float | None = None, exact: bool = False) -> float:
+        last = self.stages[-1]
+        c = self.scoring_cost[self.cost] if scoring_cost is None else scoring_cost
+        return cost_adjusted((last.exact_variance if exact else last.variance)[ratio], ratio, c)
+
+    @property
+    def helps(self) -> bool:
+        """R below the gate's own threshold, and noise in the step to be rid of."""
+        return self.R < 1 - MARGIN and not self._noise_is_small
+
+    @property
+    def score_share(self) -> float:
+        """How much of the variance reduction of exact gradient norms the score keeps, at the best r."""
+        exact = 1 - self.stages[-1].exact_variance[self.ratio]
+        return (1 - self.stages[-1].variance[self.ratio]) / exact if exact > 0 else 0.0
+
+    @property
+    def _noise_is_small(self) -> bool:
+        return self.stages[-1].noise_scale < self.batch_size
+
+    @property
+    def reason(self) -> str:
+        """Why, in a sentence."""
+        last, limit = self.stages[-1], 1 - MARGIN
+        if self._noise_is_small:
+            return (
+                f"with batches of {self.batch_size} there is more signal than noise in a step (they are equal at "
+                f"{last.noise_scale:.0f}): less noise buys little. Smaller batches would be cheaper"
+            )
+        if limit > self.R:
+            return (
+                f"a step drawn from {self.ratio:g} batches has {last.variance[self.ratio]:.2f} times the variance of a "
+                f"uniform one and costs {1 + self.scoring_cost[self.cost] * self.ratio:.2f} times as much"
+            )
+        if min(self.R_at(r, exact=True) for r in RATIOS) < limit:
+            return f"the score keeps only {self.score_share:.0%} of what exact gradient norms would gain"
+        if self._paying_cost > 0:
+            return (
+                f"scoring costs too much: {self.scoring_cost[self.cost]:.2f} of a training step an example, and it "
+                f"pays below {self._paying_cost:.2f}"
+            )
+        best = min(self.R_at(r, scoring_cost=0.0, exact=True) for r in RATIOS)
+        return (
+            f"the examples matter too equally (tau^2 = {last.tau2:.2f}): even exact gradient norms, for free, would "
+            f"leave {best:.2f} of the variance"
+        )
+
+    @property
+    def _paying_cost(self) -> float:
+        """The largest c at which R would be below the gate's threshold."""
+        return max(0.0, *(((1 - MARGIN) / v - 1) / r for r, v in self.stages[-1].variance.items()))
+
+    @property
+    def verdict(self) -> str:
+        """One or two sentences."""
+        if self.helps:
+            text = (
+                f"Importance sampling is likely to help: R = {self.R:.2f}, the gradient noise of uniform sampling for "
+                f"{self.R:.0%} of its {self.cost} (up to {1 / self.R:.2f} times faster where noise is what limits), "
+                f"since {self.reason}."
+            )
+        else:
+            text = f"Importance sampling is unlikely to help: R = {self.R:.2f}; {self.reason}."
+        first = min(cost_adjusted(v, r, self.scoring_cost[self.cost]) for r, v in self.stages[0].variance.items())
+        if not self.helps and len(self.stages) > 1 and first - 0.05 > self.R:
+            text += (
+                f" But R fell from {first:.2f} within {self.stages[-1].steps} steps: audit again with a checkpoint "
+                "from later in training. The gate stays off until it pays."
+            )
+        return text
+
+    def __str__(self) -> str:
+        rows = [
+            ("after steps", *(str(stage.steps) for stage in self.stages)),
+            ("tau^2, exact gradient norms", *(f"{stage.tau2:.2f}" for stage in self.stages)),
+            ("tau^2, as the score claims", *(f"{stage.score_tau2:.2f}" for stage in self.stages)),
+            (f"variance of a step from {self.ratio:g} b", *(f"{s.variance[self.ratio]:.2f}" for s in self.stages)),
+            ("the same by exact norms", *(f"{s.exact_variance[self.ratio]:.2f}" for s in self.stages)),
+            ("batch where noise = signal", *(f"{stage.noise_scale:.0f}" for stage in self.stages)),
+        ]
+        costs = ", ".join(f"{value:.2f} in {name}" for name, value in self.scoring_cost.items())
+        lines = [f"{name:<32}" + "".join(f"{value:>12}" for value in values) for name, *values in rows]
+        return "\n".join([*lines, f"cost of scoring over training: {costs}", self.verdict])
+
+    def record(self) -> dict[str, Any]:
+        """For a JSON line."""
+        return {
+            "experiment": "audit",
+            "technique": "importance",
+            **asdict(self),
+            "helps": self.helps,
+            "R": self.R,
+            "ratio": self.ratio,
+            "score_share": self.score_share,
+            "verdict": self.verdict,
+        }
+
+
+def audit_importance(
+    setup: str | Callable[[], tuple[nn.Module, Loss, Iterable[Any]]],
+    *,
+    forward: Forward | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    cost: Literal["flops", "seconds"] = "flops",
+    seconds: float = 60.0,
+    steps: int | None = None,
+    examples: int = 512,
+    seed: int = 0,
+) -> Audit:
+    """Measure whether importance sampling helps, in about `seconds`, and predict R.
+
+    A copy of the model is measured as it is, trained uniformly for a while, and measured again: at initialisation
+    there is nothing to gain, so for a model that is trained for hours give a checkpoint from the middle.
+
+    Args:
+        setup: a function without arguments, or "module:function", that returns
+            - the model;
+            - the loss: (outputs, batch) -> one loss an example, (b,) or (b, T), or those and their mask;
+            - a loader of batches of the size that you train with uniformly.
+        forward: (model, batch) -> outputs. By default a mapping is `model(**batch).logits` without "labels", and of a
+            tuple the first entry goes in: `model(batch[0])`.
+        optimizer: parameters -> the optimizer of the short training; Adam at 1e-3 by default.
+        cost: whether R counts FLOPs or seconds.
+        seconds: the audit's time; half of it is the short training.
+        steps: of the short training, in place of time; 0 for none.
+        examples: at most this many gradients at each stage; fewer if time is short, at least 64.
+        seed: of the simulated draws.
+
+    Raises:
+        ValueError: `setup` cannot be found or returns something else, the loss is reduced, the loader is empty.
+    """
+    started = time.perf_counter()
+    model, loss, loader = _checked(_find(setup)() if isinstance(setup, str) else setup())
+    model = copy.deepcopy(model)
+    run = forward or _forward
+    device = next(model.parameters()).device
+    stream = iter(endless(_Moved(loader, device)))
+    make = optimizer or (lambda parameters: torch.optim.Adam(parameters, 1e-3))
+    generator = torch.Generator().manual_seed(seed)
+    pool_batches = [next(stream)]
+    batch_size = len(Examples(pool_batches[0]))
+    while batch_size * len(pool_batches) < examples:
+        pool_batches.append(next(stream))
+
+    costs = _costs(model, run, loss, pool_batches[0])
+    stage_seconds = seconds / 5
+    stages = [_measure(model, run, loss, pool_batches, examples, stage_seconds, 0, batch_size, generator)]
+    trained = _train(model, run, loss, stream, make, seconds / 2, steps)
+    if trained:
+        stages.append(_measure(model, run, loss, pool_batches, examples, stage_seconds, trained, batch_size, generator))
+    return Audit(batch_size, cost, costs, tuple(stages), time.perf_counter() - started)
+
+
+def _find(name: str) -> Callable[[], Any]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"what to audit is named module:function, importable from here; got {name!r} ({error})."
+        ) from error
+
+
+def _checked(setup: Any) -> tuple[nn.Module, Loss, Iterable[Any]]:
+    if not (isinstance(setup, tuple) and len(setup) == 3 and isinstance(setup[0], nn.Module) and callable(setup[1])):
+        kinds = [type(part).__name__ for part in setup] if isinstance(setup, tuple) else type(setup).__name__
+        raise ValueError(f"setup returns (model, loss, loader): an nn.Module, a function and an iterable; got {kinds}.")
+    return setup
+
+
+def _forward(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+        return outputs if isinstance(outputs, Tensor) else outputs.logits
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+class _Moved:
+    """The loader's batches, plain dicts instead of mappings, on the model's device."""
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            batch = dict(batch) if isinstance(batch, Mapping) else batch
+            yield pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.device), batch)
+
+
+def _mean_loss(loss: Loss, outputs: Tensor, batch: Any) -> Tensor:
+    losses, mask = split_losses(loss(outputs, batch), len(outputs))
+    return losses.mean() if mask is None else losses.sum() / mask.sum()
+
+
+def _train(
+    model: nn.Module, run: Forward, loss: Loss, stream: Any, make: Any, seconds: float, steps: int | None
+) -> int:
+    """Uniform steps; returns how many."""
+    optimizer, stop, done = make(model.parameters()), time.perf_counter() + seconds, 0
+    for batch in stream if steps is None else islice(stream, steps):
+        if steps is None and time.perf_counter() > stop:
+            break
+        _mean_loss(loss, run(model, batch), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+    return done
+
+
+def _costs(model: nn.Module, run: Forward, loss: Loss, batch: Any) -> dict[str, float]:
+    """c in FLOPs, counted, and in seconds, medians of alternating runs."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        torch.autograd.grad(_mean_loss(loss, run(model, batch), batch), parameters, allow_unused=True)
+
+    def score() -> None:
+        with torch.no_grad():
+            upper_bound_score(run(model, batch), batch, loss)
+
+    flops: dict[str, int] = {}
+    times: dict[str, list[float]] = {"step": [], "score": []}
+    with scoring([model], statistics=False):
+        for name, work in (("step", step), ("score", score)):
+            with Ledger() as ledger:
+                work()
+            flops[name] = ledger.flops
+        for _ in range(TIMINGS):
+            for name, work in (("step", step), ("score", score)):
+                start = time.perf_counter()
+                work()
+                if parameters[0].is_cuda:
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - start)
+    return {
+        "flops": flops["score"] / flops["step"] if flops["step"] else float("nan"),
+        "seconds": median(times["score"]) / median(times["step"]),
+    }
+
+
+def _measure(
+    model: nn.Module,
+    run: Forward,
+    loss: Loss,
+    batches: list[Any],
+    limit: int,
+    seconds: float,
+    steps: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Stage:
+    """Exact gradients, one example at a time, sketched; then draws from them, simulated."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = sum(p.numel() for p in parameters)
+    bucket = torch.randint(SKETCH, (total,), generator=torch.Generator().manual_seed(1)).to(parameters[0].device)
+    sign = torch.randint(2, (total,), generator=torch.Generator().manual_seed(2)).to(parameters[0].device) * 2.0 - 1
+    stop, sketches, norms, scores = time.perf_counter() + seconds, [], [], []
+    with scoring([model], statistics=False):
+        for batch in batches:
+            pieces = Examples(batch)
+            with torch.no_grad():
+                batch_scores = upper_bound_score(run(model, batch), batch, loss)
+            for i in range(len(pieces)):
+                if len(norms) >= limit or (len(norms) >= 64 and time.perf_counter() > stop):
+                    break
+                one = pieces[i : i + 1].data
+                losses, _ = split_losses(loss(run(model, one), one), 1)
+                found = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+                gradient = torch.cat(
+                    [
+                        (torch.zeros_like(p) if g is None else g).flatten().float()
+                        for p, g in zip(parameters, found, strict=True)
+                    ]
+                )
+                sketches.append(gradient.new_zeros(SKETCH).index_add_(0, bucket, sign * gradient).cpu())
+                norms.append(float(gradient.norm()))
+                scores.append(float(batch_scores[i]))
+    sketch, exact, score = torch.stack(sketches).double(), torch.tensor(norms).double(), torch.tensor(scores).double()
+    n, mean = len(norms), sketch.mean(0)
+    spread = float((sketch - mean).square().sum() / n)  # of one example
+    signal = max(float(mean.square().sum()) - spread / n, 0.0)
+    by_score, by_norm = (
+        {r: _simulated(sketch, mean, s, r, batch_size, generator) / (spread / batch_size) for r in RATIOS}
+        for s in (score, exact)
+    )
+    noise_scale = spread / signal if signal > 0 else float("inf")
+    return Stage(steps, variance_ratio(exact), variance_ratio(score), by_score, by_norm, noise_scale, n)
+
+
+def _simulated(
+    sketch: Float[Tensor, "n width"],
+    mean: Float[Tensor, " width"],
+    scores: Float[Tensor, " n"],
+    ratio: float,
+    batch_size: int,
+    generator: torch.Generator,
+) -> float:
+    """tr Cov of a drawn step: a presample out of the examples, then a draw from it, as training does."""
+    size, total = round(ratio * batch_size), 0.0
+    for _ in range(DRAWS):
+        presample = torch.randint(len(sketch), (size,), generator=generator)
+        drawn, weights = draw_without_replacement(
+            probabilities(scores[presample], SMOOTHING), min(batch_size, size), generator
+        )
+        step = weights @ sketch[presample[drawn]] / len(drawn)
+        total += float((step - mean).square().sum())
+    return total / DRAWS

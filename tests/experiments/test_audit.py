@@ -1,0 +1,153 @@
+"""The audit: its variances are those of the sampler's own steps, its verdicts those of settings known beforehand."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flopwise import ImportanceSampler
+from flopwise.experiments.audit import audit_importance
+
+N, BATCH = 256, 8
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3))
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        nn.init.uniform_(p, -0.5, 0.5, generator=generator)
+    return model
+
+
+def examples(skew: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, targets and a weight of the loss; with skew 0 all weigh the same."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 6, generator=generator)
+    return x, torch.randint(3, (N,), generator=generator), torch.rand(N, generator=generator) ** skew
+
+
+def loss(outputs, batch):
+    return batch[2] * F.cross_entropy(outputs, batch[1], reduction="none")
+
+
+def batches(data):
+    return [tuple(part[a : a + BATCH] for part in data) for a in range(0, N, BATCH)]
+
+
+def setup(skew: float = 8.0):
+    return network(), loss, batches(examples(skew))
+
+
+def even():
+    return setup(0.0)
+
+
+class TestVerdict:
+    def test_few_examples_carry_the_gradient(self):
+        audit = audit_importance(setup, steps=0, examples=N)
+        assert audit.helps and audit.R < 0.8 and "likely to help" in audit.verdict and "unlikely" not in audit.verdict
+        assert audit.score_share > 0.85
+        assert audit.batch_size == BATCH and audit.stages[0].examples == N
+
+    def test_all_examples_matter_alike(self):
+        audit = audit_importance("test_audit:even", steps=0, examples=N)
+        assert not audit.helps and audit.R > 1
+        assert "unlikely to help" in audit.verdict and "matter too equally" in audit.verdict
+
+    def test_scoring_that_costs_too_much(self):
+        """The model's forward is nearly all of a step: a large frozen part before a small trained one."""
+
+        class Frozen(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.frozen = nn.Sequential(nn.Linear(6, 500), nn.Linear(500, 500), nn.Linear(500, 6))
+                self.frozen.requires_grad_(False)
+                self.trained = network()
+
+            def forward(self, x):
+                return self.trained(x + 1e-3 * self.frozen(x))
+
+        audit = audit_importance(lambda: (Frozen(), loss, batches(examples(2.0))), steps=0, examples=N)
+        assert audit.scoring_cost["flops"] > 0.9 and not audit.helps
+        assert "scoring costs too much" in audit.verdict
+
+    def test_a_score_that_ranks_them_badly(self):
+        class Scaled(nn.Module):
+            """The gradient is in the inputs' scale, which the score does not see."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(6, 3)
+
+            def forward(self, x):
+                return self.layer(x)
+
+        x, y, weight = examples(0.0)
+        scale = torch.where(torch.arange(N) % 20 == 0, 30.0, 0.3)[:, None]
+        data = (x * scale, y, weight)
+
+        def small(outputs, batch):
+            return loss(1e-3 * outputs, batch)
+
+        audit = audit_importance(lambda: (Scaled(), small, batches(data)), steps=0, examples=N)
+        assert not audit.helps and "the score keeps only" in audit.verdict
+
+    def test_more_signal_than_noise(self):
+        def one_direction():
+            x, _, weight = examples(4.0)
+            data = (torch.ones_like(x), torch.zeros(N, dtype=torch.long), 0.1 + weight)
+            return network(), loss, [tuple(part[:128] for part in data)]
+
+        audit = audit_importance(one_direction, steps=0, examples=128)
+        assert not audit.helps and "more signal than noise" in audit.verdict
+
+    def test_a_fresh_model_is_trained_for_a_while(self):
+        audit = audit_importance(setup, steps=30, examples=64)
+        assert [stage.steps for stage in audit.stages] == [0, 30]
+        assert "after steps" in str(audit) and audit.verdict in str(audit)
+        json.dumps(audit.record())
+
+
+def test_the_predicted_variance_is_that_of_the_samplers_own_steps():
+    model, data = network().eval(), examples(8.0)
+    audit = audit_importance(lambda: (model, loss, batches(data)), steps=0, examples=N)
+    parameters, generator, ratio = list(model.parameters()), torch.Generator().manual_seed(5), 4
+    sampler = ImportanceSampler(lambda batch: model(batch[0]), loss, batch_size=BATCH, gate="always", model=model)
+
+    def spread(drawn: bool) -> float:
+        gradients = []
+        for _ in range(1500):
+            index = torch.randint(N, ((ratio if drawn else 1) * BATCH,), generator=generator)
+            batch = sampler.select(tuple(part[index] for part in data))
+            value = sampler.loss(model(batch.data[0]), batch)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)]))
+        return float(torch.stack(gradients).var(0).sum())
+
+    assert audit.stages[0].variance[4.0] == pytest.approx(spread(True) / spread(False), rel=0.15)
+
+
+def test_the_users_model_and_the_global_generator_are_left_alone():
+    model = network()
+    before, state = [p.clone() for p in model.parameters()], torch.random.get_rng_state()
+    audit_importance(lambda: (model, loss, batches(examples(1.0))), steps=0, examples=64)
+    assert torch.equal(state, torch.random.get_rng_state())
+    audit_importance(lambda: (model, loss, batches(examples(1.0))), steps=5, examples=64)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)) and model.training
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("no_such_module:f", r"named module:function.*'no_such_module:f'"),
+        ("test_audit:nothing", "named module:function"),
+        (lambda: network(), r"setup returns \(model, loss, loader\).*got Sequential"),
+        (lambda: (loss, network(), []), "setup returns"),
+        (lambda: (network(), lambda z, b: loss(z, b).mean(), batches(examples(1.0))), "reduction='none'"),
+        (lambda: (network(), loss, []), "yielded nothing"),
+    ],
+)
+def test_bad_setups(bad, says: str):
+    with pytest.raises(ValueError, match=says):
+        audit_importance(bad, steps=0)
