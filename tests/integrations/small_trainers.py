@@ -56,8 +56,8 @@ def llama() -> LlamaForCausalLM:
 class Skewed(ImportanceSamplingMixin):
     """One text in eight has nearly all of the loss, so that the gate switches on."""
 
-    def loss_per_example(self, outputs, inputs):
-        losses = super().loss_per_example(outputs, inputs)
+    def loss_per_example(self, outputs, inputs) -> torch.Tensor:
+        losses: Any = super().loss_per_example(outputs, inputs)
         return losses * torch.where(inputs["input_ids"][:, 1] < 9, 5.0, 0.05)
 
 
@@ -76,6 +76,8 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
 
 
-def trainer_of(model, data, folder: Path, *, kind=ImportanceSamplingMixin, callbacks=None, importance=None, **options):
+def trainer_of(
+    model, data, folder: Path, *, kind: Any = ImportanceSamplingMixin, callbacks=None, importance=None, **options
+) -> Any:
     extra = {"importance": importance, "presample_ratio": 4} if issubclass(kind, ImportanceSamplingMixin) else {}
     return kind(model, arguments(folder, **options), train_dataset=data, callbacks=callbacks, **extra)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def fresh_state() -> Iterator[None]:
         state._reset_state()
 
 
-def prepared(gate: str = "always", *, windows: int = 1, seedable: bool = True, **options):
+def prepared(gate: Any = "always", *, windows: int = 1, seedable: bool = True, **options):
     accelerator = Accelerator(
         cpu=True,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=seedable),

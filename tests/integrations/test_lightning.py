@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the library
 
 
 class Module(LightningModule):
-    def __init__(self, gate: str = "always") -> None:
+    def __init__(self, gate: Any = "always") -> None:
         super().__init__()
         self.network = network(0.0)
         self.sampler = ImportanceSampler(
@@ -41,7 +41,7 @@ class Module(LightningModule):
         return optimizer
 
 
-def fit(module: LightningModule, folder: Path, loader: Any = None, **options: Any) -> Trainer:
+def fit(module: Any, folder: Path, loader: Any = None, **options: Any) -> Trainer:
     importance = ImportanceSampling(module.sampler)
     trainer = Trainer(
         default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,

@@ -100,11 +100,10 @@ def beginner_of(loader: Any) -> Callable[[int, int], Iterable[Any]]:
     def begin(number: int, done: int) -> Iterable[Any]:
         if fresh is not None:
             loader.load_state_dict(fresh)
-        rest = skip_first_batches(loader, done) if done else loader
+        rest: Any = skip_first_batches(loader, done) if done else loader
         rest.set_epoch(number)
-        if rest.generator is None:  # else seeds for its workers come from the generator that dropout uses
-            rest.base_dataloader.generator = torch.Generator()
-        rest.generator.manual_seed(number)
+        # without a generator of its own, seeds for its workers come from the one that dropout uses
+        rest.base_dataloader.generator = (rest.generator or torch.Generator()).manual_seed(number)
         return rest
 
     return begin

@@ -9,8 +9,8 @@
         return sampler.loss(self(batch.data[0]), batch)
 
 The loader's presamples go through the module's batch hooks once, whole; what `training_step` gets is a `WeightedBatch`
-on the device. An epoch has as many steps as the data have batches of `batch_size`. Accumulation, precision and checkpoints
-are the `Trainer`'s; the callback's state is in them.
+on the device. An epoch has as many steps as the data have batches of `batch_size`. Accumulation, precision and
+checkpoints are the `Trainer`'s; the callback's state is in them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -101,7 +101,8 @@ class ImportanceSampling(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._step.close()
-        if trainer.loggers and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.loggers and (trainer.global_step + 1) % every == 0:
             metrics = self.sampler.metrics()
             pl_module.log_dict({f"importance_{name}": metrics[name] for name in LOGGED}, batch_size=1)
 

@@ -103,11 +103,11 @@ class ImportanceSamplingMixin(Trainer):
 
         Knows classification and regression of sequences, classification of tokens, masked and causal language models.
         """
-        labels, config = inputs["labels"], self.model.config
+        labels = inputs["labels"]
         smoothing = self.args.label_smoothing_factor
         outputs = outputs.float()
         if labels.is_floating_point():
-            if config.problem_type == "multi_label_classification":
+            if self._config.problem_type == "multi_label_classification":
                 losses = F.binary_cross_entropy_with_logits(outputs, labels.float(), reduction="none")
             else:
                 losses = (outputs.reshape(labels.shape) - labels.float()).square()
@@ -134,16 +134,22 @@ class ImportanceSamplingMixin(Trainer):
         return float(((labels[:, 1:] if self._causal else labels) != IGNORED).sum())
 
     @property
+    def _config(self) -> Any:
+        model: Any = self.model
+        return model.config
+
+    @property
     def _causal(self) -> bool:
         return type(self.accelerator.unwrap_model(self.model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     def _score_forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The model as it trains: wrapped, in its mixed precision."""
-        return self.model_wrapped(**self._without_labels(inputs)).logits
+        model: Any = self.model_wrapped
+        return model(**self._without_labels(inputs)).logits
 
     def _without_labels(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Or the model would compute a loss of its own; an encoder-decoder makes its decoder's inputs from them."""
-        if self.model.config.is_encoder_decoder:
+        if self._config.is_encoder_decoder:
             return dict(inputs)
         return {name: value for name, value in inputs.items() if name != "labels"}
 
@@ -151,7 +157,7 @@ class ImportanceSamplingMixin(Trainer):
         batch_size = self._train_batch_size
         self._train_batch_size = batch_size * self.presample_ratio
         try:
-            loader = super().get_train_dataloader()
+            loader: Any = super().get_train_dataloader()
         finally:
             self._train_batch_size = batch_size
         passes = Passes(
@@ -160,14 +166,15 @@ class ImportanceSamplingMixin(Trainer):
         window = batch_size * self.args.gradient_accumulation_steps
         windows = ceil(len(loader.dataset) / (window * self.args.world_size))
         self._sampler = None
-        self._stream = _Stream(self, passes, windows * self.args.gradient_accumulation_steps)
+        self._stream = _Stream(self, loader.dataset, passes, windows * self.args.gradient_accumulation_steps)
         return self._stream
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches = list(islice(epoch_iterator, num_batches))
         items = torch.tensor(sum(self._items(batch) for batch in batches), device=device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            items = self.accelerator.gather(items).sum() / self.args.world_size  # DDP takes the mean over ranks
+            everywhere: Any = self.accelerator.gather(items)
+            items = everywhere.sum() / self.args.world_size  # DDP takes the mean over ranks
         return batches, items
 
     def _items(self, batch: WeightedBatch) -> float:
@@ -193,7 +200,7 @@ class ImportanceSamplingMixin(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def num_examples(self, dataloader: Any) -> int:
-        return len(self.train_dataset) if isinstance(dataloader, _Stream) else super().num_examples(dataloader)  # type: ignore[arg-type]
+        return len(dataloader.data) if isinstance(dataloader, _Stream) else super().num_examples(dataloader)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return super().floating_point_ops(inputs.data if isinstance(inputs, WeightedBatch) else inputs)
@@ -228,8 +235,8 @@ class _Stream(IterableDataset):
 
     batch_size, drop_last, prefetch_factor = None, False, None
 
-    def __init__(self, trainer: ImportanceSamplingMixin, passes: Passes, length: int) -> None:
-        self.trainer, self.passes, self.length = trainer, passes, length
+    def __init__(self, trainer: ImportanceSamplingMixin, data: Any, passes: Passes, length: int) -> None:
+        self.trainer, self.data, self.passes, self.length = trainer, data, passes, length
         self.dataset = self
         self.skipped_by_trainer = 0
         self._draws: Iterator[WeightedBatch] | None = None
