@@ -3,7 +3,7 @@
 import checks
 import pytest
 import torch
-from problems import Presamples, examples, forward_of, gradient, loss, network
+from problems import Presamples, StatefulPresamples, examples, forward_of, gradient, loss, network
 from torch import nn
 from torch.nn import functional as F
 
@@ -286,6 +286,52 @@ class TestGate:
         assert ledger.flops_by_phase["scoring"] == 4 * 48 * per_example
         assert ledger.flops_by_phase["training"] == 4 * 8 * (2 * per_example + 2 * 8 * 3)
         assert ledger.examples == 4 * 8
+
+
+class TestTrainersView:
+    """What trainers need: batches fetched before they are trained on, and states between two passes."""
+
+    def test_batches_fetched_ahead_are_the_same_and_are_booked_in_their_steps(self):
+        ends, flops = [], []
+        for ahead in (False, True):
+            model = network()
+            sampler = make_sampler(model, gate="always", accumulate=2)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            with Ledger() as ledger:
+                if ahead:
+                    draws = sampler.draws(endless(Presamples(examples(96), 32)))
+                    for _ in range(6):
+                        for batch in [next(draws), next(draws)]:
+                            with sampler.step(batch):
+                                sampler.loss(sampler.forward(batch.data), batch).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                else:
+                    batches = sampler.batches(endless(Presamples(examples(96), 32)))
+                    for step in range(12):
+                        batch = next(batches)
+                        sampler.loss(sampler.forward(batch.data), batch).backward()
+                        if step % 2:
+                            optimizer.step()
+                            optimizer.zero_grad()
+            flops.append(ledger.flops_by_phase["training"])
+            ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert flops[0] == flops[1] > 0
+        assert torch.equal(ends[0], ends[1])
+
+    @pytest.mark.parametrize("gate", ["never", "always"])
+    def test_a_state_taken_between_two_passes_goes_on_with_the_next(self, gate: str):
+        sampler, loader = make_sampler(gate=gate), StatefulPresamples(examples(96), 40)
+        for batch in sampler.batches(loader):
+            sampler.loss(sampler.forward(batch.data), batch).backward()
+        state = sampler.state_dict()
+        expected = list(sampler.batches(loader))
+        other = make_sampler(gate=gate)
+        other.load_state_dict(state)
+        resumed = list(other.batches(StatefulPresamples(examples(96), 40)))
+        assert len(expected) == len(resumed) > 0
+        for one, two in zip(expected, resumed, strict=True):
+            assert torch.equal(one.data[0], two.data[0]) and torch.equal(one.weights, two.weights)
 
 
 def x_norm(data) -> torch.Tensor:
