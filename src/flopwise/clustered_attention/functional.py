@@ -78,6 +78,7 @@ def clustered_attention(
         out = scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=factor, enable_gqa=grouped)
     else:
         kernels = numba_kernels if name == "numba" else torch_kernels
+        query = query.contiguous()  # once, for both steps
         assignment = cluster(query.detach(), query_mask, clusters, clustering, seed, name)
         out = kernels.attend(query, key, value, key_mask, assignment, clusters=clusters, topk=topk, scale=factor)
 

@@ -32,6 +32,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from flopwise.experiments.runner import run_all
 from flopwise.integrations.transformers import Call, Setting, observed, use_clustered, use_exact
@@ -125,6 +126,7 @@ def missing(plan: Plan) -> list[str]:
 def measure(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
     """The record of one run. Runs take a minute at most, so `checkpoint` is not used."""
     del checkpoint
+    disable_progress_bar()  # transformers' own; ours is shown
     with torch.no_grad():
         found = {"text": _text, "speech": _speech, "length": _length, "picture": _picture}[run.kind](run, progress)
     return {"experiment": "clustered", "kind": run.kind, "clusters": run.clusters, "topk": run.topk, **found}
