@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -216,7 +216,7 @@ class LinearCausalLM(nn.Module):
         generator: torch.Generator | None = None,
         key_mask: Bool[Tensor, "b n"] | None = None,
         decoder: Decoder | None = None,
-    ) -> Int[Tensor, "b n+new"]:
+    ) -> Int[Tensor, "b total"]:
         """`ids` and up to `max_new_tokens` tokens more.
 
         Args:
@@ -252,7 +252,7 @@ class LinearCausalLM(nn.Module):
         save_file(weights, path, metadata={"config": json.dumps(self.config), "about": about})
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "LinearCausalLM":
         """The model that `save` wrote, in float32.
 
         Raises:

@@ -273,7 +273,7 @@ class Packed:
     up: Matrix
     down: Matrix
     head: Matrix
-    taps: Float[Tensor, "layers taps 3*dim"]
+    taps: Float[Tensor, "layers taps qkv"]
     decay: Float[Tensor, " h"]
 
 

@@ -13,7 +13,7 @@ class LayerState(NamedTuple):
     """What a layer remembers of the positions before."""
 
     attention: LinearState
-    recent: Float[Tensor, "b taps-1 3*dim"]
+    recent: Float[Tensor, "b taps qkv"]
 
 
 class ModelState(NamedTuple):
@@ -28,7 +28,7 @@ class ModelState(NamedTuple):
 
     memory: Float[Tensor, "layers b h e m"]
     normaliser: Float[Tensor, "layers b h e"]
-    recent: Float[Tensor, "layers b taps 3*dim"]
+    recent: Float[Tensor, "layers b taps qkv"]
     position: Int[Tensor, " b"]
 
     def reorder(self, index: Int[Tensor, " n"]) -> "ModelState":

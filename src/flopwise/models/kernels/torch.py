@@ -17,11 +17,11 @@ def attend(
     modern: bool,
     layer: int,
     projected: Float[Tensor, "b p"],
-    taps: Float[Tensor, "layers taps+1 3*dim"],
+    taps: Float[Tensor, "layers all_taps qkv"],
     decay: Float[Tensor, " h"],
     memory: Float[Tensor, "layers b h e m"],
     normaliser: Float[Tensor, "layers b h e"],
-    recent: Float[Tensor, "layers b taps 3*dim"],
+    recent: Float[Tensor, "layers b taps qkv"],
     out: Float[Tensor, "b dim"],
 ) -> None:
     """From the projections of x to what the output matrix is applied to; the layer's state moves on by one token."""
