@@ -128,7 +128,7 @@ class LinearCausalLM(nn.Module):
         Raises:
             ValueError: the sequence is longer than `max_length`.
         """
-        return self.head(self.norm(self._blocks(ids, key_mask, state, None)))
+        return self.head(self.norm(self._blocks(ids, key_mask, state)[0]))
 
     def prefill(
         self,
@@ -151,8 +151,7 @@ class LinearCausalLM(nn.Module):
                 "prompts of different lengths are padded on the left: each row of key_mask is False up to its first "
                 "token and True from there on, to the end. Got padding between or after the tokens."
             )
-        layers: list[LayerState] = []
-        x = self._blocks(ids, key_mask, state, layers)
+        x, layers = self._blocks(ids, key_mask, state)
         seen = torch.full_like(ids[:, 0], ids.shape[1]) if key_mask is None else key_mask.sum(1)
         state = ModelState(
             torch.stack([layer.attention.memory for layer in layers]),
@@ -289,13 +288,9 @@ class LinearCausalLM(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def _blocks(
-        self,
-        ids: Int[Tensor, "b n"],
-        key_mask: Bool[Tensor, "b n"] | None,
-        state: ModelState | None,
-        layers: list[LayerState] | None,
-    ) -> Float[Tensor, "b n dim"]:
-        """The residual stream after the last block; the layers' new states are appended to `layers`."""
+        self, ids: Int[Tensor, "b n"], key_mask: Bool[Tensor, "b n"] | None, state: ModelState | None
+    ) -> tuple[Float[Tensor, "b n dim"], list[LayerState]]:
+        """The residual stream after the last block, and the layers' states after the last position."""
         if key_mask is None:
             position = torch.arange(ids.shape[1], device=ids.device)[None]
         else:
@@ -304,11 +299,11 @@ class LinearCausalLM(nn.Module):
         x = self.embedding(ids)
         if added is not None:
             x = x + added.to(x.dtype)
+        layers = []
         for number, block in enumerate(self.blocks):
-            x, after = block(x, key_mask, None if state is None else state.layer(number), layers is not None)
-            if layers is not None:
-                layers.append(after)
-        return x
+            x, after = block(x, key_mask, None if state is None else state.layer(number))
+            layers.append(after)
+        return x, layers
 
 
 class Block(nn.Module):
@@ -323,16 +318,12 @@ class Block(nn.Module):
         self.down = nn.Linear(ff, dim, bias=recipe == "thesis")
 
     def forward(
-        self,
-        x: Float[Tensor, "b n dim"],
-        key_mask: Bool[Tensor, "b n"] | None,
-        state: LayerState | None,
-        return_state: bool,
-    ) -> tuple[Float[Tensor, "b n dim"], LayerState | None]:
-        y, state = self.attention(self.attention_norm(x), key_mask, state, return_state)
+        self, x: Float[Tensor, "b n dim"], key_mask: Bool[Tensor, "b n"] | None, state: LayerState | None
+    ) -> tuple[Float[Tensor, "b n dim"], LayerState]:
+        y, after = self.attention(self.attention_norm(x), key_mask, state)
         x = x + y
         hidden = self.up(self.ff_norm(x)).relu()
-        return x + self.down(hidden if self.recipe == "thesis" else hidden.square()), state
+        return x + self.down(hidden if self.recipe == "thesis" else hidden.square()), after
 
 
 class Attention(nn.Module):
@@ -355,44 +346,33 @@ class Attention(nn.Module):
             self.decay = None
 
     def forward(
-        self,
-        x: Float[Tensor, "b n dim"],
-        key_mask: Bool[Tensor, "b n"] | None,
-        state: LayerState | None,
-        return_state: bool,
-    ) -> tuple[Float[Tensor, "b n dim"], LayerState | None]:
-        width = self.dim // self.heads
-        projected = self.project(x)
-        recent = x.new_zeros(len(x), 0, 3 * self.dim) if state is None else state.recent
+        self, x: Float[Tensor, "b n dim"], key_mask: Bool[Tensor, "b n"] | None, state: LayerState | None
+    ) -> tuple[Float[Tensor, "b n dim"], LayerState]:
+        width = (self.dim // self.heads,)
+        if state is None:
+            taps = TAPS - 1 if self.modern else 0
+            attention, recent = None, x.new_zeros(len(x), taps, 3 * self.dim, dtype=torch.float32)
+        else:
+            attention, recent = state.attention, state.recent
+        qkv, gate = self.project(x).tensor_split([3 * self.dim], -1)  # "thesis" has no gate
         if self.modern:
-            projected, gate = projected.split([3 * self.dim, self.dim], -1)
             if key_mask is not None:
-                projected = projected * key_mask[..., None]
-            if state is None:
-                recent = x.new_zeros(len(x), TAPS - 1, 3 * self.dim)
-            window = torch.cat([recent.to(x.dtype), projected], 1)
-            projected = sum(window[:, tap : tap + x.shape[1]] * self.taps[tap] for tap in range(TAPS))
-            recent = window[:, x.shape[1] :]
-        query, key, value = projected.unflatten(-1, (3, self.heads, width)).permute(2, 0, 3, 1, 4)
+                qkv = qkv * key_mask[..., None]
+            window = torch.cat([recent.to(x.dtype), qkv], 1)
+            recent = window[:, x.shape[1] :].float()
+            qkv = torch.stack([window[:, tap : tap + x.shape[1]] * self.taps[tap] for tap in range(TAPS)]).sum(0)
+        query, key, value = qkv.unflatten(-1, (3, self.heads, *width)).permute(2, 0, 3, 1, 4)
         if self.modern:
-            query, key = rms_norm(query, (width,), eps=EPS), rms_norm(key, (width,), eps=EPS)
-        result = linear_attention(
-            query,
-            key,
-            value,
-            causal=True,
-            key_mask=key_mask,
-            decay=self.decay,
-            state=None if state is None else state.attention,
-            return_state=return_state,
+            query, key = rms_norm(query, width, eps=EPS), rms_norm(key, width, eps=EPS)
+        y, attention = linear_attention(
+            query, key, value, causal=True, key_mask=key_mask, decay=self.decay, state=attention, return_state=True
         )
-        y, after = result if return_state else (result, None)
         if self.modern:
-            y = rms_norm(y, (width,), eps=EPS)
+            y = rms_norm(y, width, eps=EPS)
         y = y.transpose(1, 2).flatten(2)
         if self.modern:
             y = y * self.out_norm * silu(gate)
-        return self.out(y), None if after is None else LayerState(after, recent.float())
+        return self.out(y), LayerState(attention, recent)
 
 
 def _norm(dim: int, recipe: Recipe) -> nn.Module:

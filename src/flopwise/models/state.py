@@ -33,7 +33,8 @@ class ModelState(NamedTuple):
 
     def reorder(self, index: Int[Tensor, " n"]) -> "ModelState":
         """The states of the sequences that `index` names, which may repeat: beam search."""
-        return ModelState(*(part.index_select(1, index) for part in self[:3]), self.position[index])
+        memory, normaliser, recent = (part.index_select(1, index) for part in self[:3])
+        return ModelState(memory, normaliser, recent, self.position[index])
 
     def fork(self, copies: int) -> "ModelState":
         """Each sequence `copies` times, side by side: many continuations of a prompt that was computed once."""
