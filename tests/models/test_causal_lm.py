@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 
 from flopwise.models import LinearCausalLM
@@ -141,7 +140,8 @@ def test_saved_is_loaded(recipe, generator, tmp_path: Path):
     assert torch.equal(LinearCausalLM.load(tmp_path / "a.safetensors")(ids), model(ids))
     model.save(tmp_path / "b.safetensors", dtype=torch.float16)
     torch.testing.assert_close(LinearCausalLM.load(tmp_path / "b.safetensors")(ids), model(ids), atol=0.02, rtol=0.02)
-    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata()["about"] == "not trained at all"
 
 
@@ -167,7 +167,6 @@ def test_mistakes_are_explained(recipe, generator, tmp_path: Path):
         model.prefill(torch.zeros(1, 0, dtype=torch.int64))
     with pytest.raises(ValueError, match="padded on the left"):
         model.prefill(tokens(1, 3, generator=generator), key_mask=torch.tensor([[True, True, False]]))
-    torch.save({}, tmp_path / "other")
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from flopwise.models import Sampling
 from flopwise.models.causal_lm import Recipe
 from flopwise.models.decoding import SMALL, pack, round_to_int8
 
-BACKENDS = ("torch", "numba")
+NO_NUMBA = pytest.mark.skipif(find_spec("numba") is None, reason="the extra `cpu` is not installed")
+BACKENDS = ("torch", pytest.param("numba", marks=NO_NUMBA))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -101,6 +101,8 @@ class LinearCausalLM(nn.Module):
 
         Rows of the embedding have the size of the sinusoids, so neither drowns the other.
         """
+        if self.head.weight.is_meta:  # Hugging Face fills the weights in afterwards
+            return
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
@@ -128,7 +130,17 @@ class LinearCausalLM(nn.Module):
         Raises:
             ValueError: the sequence is longer than `max_length`.
         """
-        return self.head(self.norm(self._blocks(ids, key_mask, state)[0]))
+        return self.head(self.hidden(ids, key_mask=key_mask, state=state))
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "b n"],
+        *,
+        key_mask: Bool[Tensor, "b n"] | None = None,
+        state: ModelState | None = None,
+    ) -> Float[Tensor, "b n dim"]:
+        """What the head is applied to."""
+        return self.norm(self._blocks(ids, key_mask, state)[0])
 
     def prefill(
         self,
@@ -144,6 +156,17 @@ class LinearCausalLM(nn.Module):
         Raises:
             ValueError: there is no token, or padding that is not on the left.
         """
+        state, x = self.advance(ids, key_mask=key_mask, state=state)
+        return state, self.head(x[:, -1])
+
+    def advance(
+        self,
+        ids: Int[Tensor, "b n"],
+        *,
+        key_mask: Bool[Tensor, "b n"] | None = None,
+        state: ModelState | None = None,
+    ) -> tuple[ModelState, Float[Tensor, "b n dim"]]:
+        """`prefill`, with `hidden` at every position in place of the logits of the last."""
         if ids.shape[1] == 0:
             raise ValueError("a prompt has at least one token; got none. Begin with the token that begins a text.")
         if key_mask is not None and not (key_mask[:, -1].all() and (key_mask.int().diff(dim=1) >= 0).all()):
@@ -159,7 +182,7 @@ class LinearCausalLM(nn.Module):
             torch.stack([layer.recent for layer in layers]),
             seen if state is None else state.position + seen,
         )
-        return state, self.head(self.norm(x[:, -1]))
+        return state, self.norm(x)
 
     def step(self, state: ModelState, ids: Int[Tensor, " b"]) -> tuple[ModelState, Float[Tensor, "b vocab"]]:
         """One token more for each sequence: the new state, and the logits of the token that comes next.
