@@ -181,7 +181,7 @@ class _Weights:
 
 def _chunks(x: Float[Tensor, "b h n e"]) -> list[slice]:
     length = x.shape[2]
-    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+    return [slice(start, min(start + CHUNK, length)) for start in range(0, max(length, 1), CHUNK)]
 
 
 def _sequences(
