@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,24 +13,30 @@ import torch
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 pytest.importorskip("accelerate", reason="the extra `hf` is not installed")
 
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel  # noqa: E402
-from transformers.trainer import Trainer  # noqa: E402
-from transformers.training_args import TrainingArguments  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers.trainer import Trainer
+from transformers.training_args import TrainingArguments
 
-from flopwise.integrations.linear_transformers import (  # noqa: E402
+from flopwise.integrations.linear_transformers import (
     LinearConfig,
     LinearForCausalLM,
     StateCache,
     use_linear,
 )
-from flopwise.linear_attention import feature_maps, reference  # noqa: E402
+from flopwise.linear_attention import feature_maps, reference
 
 RECIPES = ("thesis", "modern")
-SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+}
 
 
 @pytest.fixture(params=RECIPES)
-def model(request: pytest.FixtureRequest, generator: torch.Generator) -> LinearForCausalLM:
+def model(request: pytest.FixtureRequest, generator: torch.Generator) -> Any:
     model = LinearForCausalLM(LinearConfig(**SIZES, recipe=request.param, pad_token_id=0, eos_token_id=None)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,7 +66,7 @@ def prompts(*lengths: int, generator: torch.Generator) -> dict[str, torch.Tensor
     ids=str,
 )
 @pytest.mark.parametrize("lengths", [(6, 6), (3, 9, 5)])
-def test_generate_with_its_cache_is_generate_without(model: LinearForCausalLM, options, lengths, generator):
+def test_generate_with_its_cache_is_generate_without(model: Any, options, lengths, generator):
     inputs = prompts(*lengths, generator=generator)
     results = [
         model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=use_cache, **options)
@@ -69,20 +76,20 @@ def test_generate_with_its_cache_is_generate_without(model: LinearForCausalLM, o
     assert results[0].shape[1] > max(lengths)
 
 
-def test_padding_does_not_change_what_is_generated(model: LinearForCausalLM, generator):
+def test_padding_does_not_change_what_is_generated(model: Any, generator):
     inputs = prompts(3, 9, generator=generator)
     together = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     alone = model.generate(inputs["input_ids"][:1, 6:], max_new_tokens=12, do_sample=False)
     assert torch.equal(together[:1, 6:], alone)
 
 
-def test_greedy_is_the_library_s_own(model: LinearForCausalLM, generator):
+def test_greedy_is_the_library_s_own(model: Any, generator):
     inputs = prompts(6, 6, generator=generator)
     theirs = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(theirs, model.model.generate(inputs["input_ids"], max_new_tokens=12))
 
 
-def test_sampling_with_its_cache_is_sampling_without(model: LinearForCausalLM, generator):
+def test_sampling_with_its_cache_is_sampling_without(model: Any, generator):
     inputs = prompts(3, 9, 5, generator=generator)
     results = []
     for use_cache in (True, False):
@@ -92,7 +99,7 @@ def test_sampling_with_its_cache_is_sampling_without(model: LinearForCausalLM, g
     assert not torch.equal(results[0], model.generate(**inputs, max_new_tokens=12, do_sample=True, top_k=10))
 
 
-def test_the_cache_does_not_grow(model: LinearForCausalLM, generator):
+def test_the_cache_does_not_grow(model: Any, generator):
     sizes = []
     for new in (2, 30):
         result = model.generate(
@@ -106,7 +113,7 @@ def test_the_cache_does_not_grow(model: LinearForCausalLM, generator):
 
 
 @torch.no_grad()
-def test_a_cache_goes_on_where_it_was(model: LinearForCausalLM, generator):
+def test_a_cache_goes_on_where_it_was(model: Any, generator):
     inputs = prompts(3, 9, generator=generator)
     ids, mask = inputs.values()
     whole = model(ids, attention_mask=mask).logits
@@ -125,7 +132,7 @@ def test_a_cache_goes_on_where_it_was(model: LinearForCausalLM, generator):
 
 
 @torch.no_grad()
-def test_saved_is_loaded(model: LinearForCausalLM, tmp_path: Path, generator):
+def test_saved_is_loaded(model: Any, tmp_path: Path, generator):
     inputs = prompts(3, 9, generator=generator)
     model.save_pretrained(tmp_path)
     assert {"model.safetensors", "config.json"} <= {path.name for path in tmp_path.iterdir()}
@@ -141,13 +148,14 @@ def test_saved_is_loaded(model: LinearForCausalLM, tmp_path: Path, generator):
 def test_initial_weights_are_the_library_s(generator):
     torch.manual_seed(1)
     config = LinearConfig(**SIZES, recipe="modern", seed=3)
-    first, second = AutoModelForCausalLM.from_config(config), LinearForCausalLM(config)
+    first: Any = AutoModelForCausalLM.from_config(config)
+    second = LinearForCausalLM(config)
     for name, parameter in second.model.state_dict().items():
         assert torch.equal(first.model.state_dict()[name], parameter), name
     assert first.model.embedding.weight.std() > 0.4
 
 
-def test_the_loss_is_that_of_the_next_token(model: LinearForCausalLM, generator):
+def test_the_loss_is_that_of_the_next_token(model: Any, generator):
     """Labels of -100 count for nothing; padding in training may be on the right."""
     ids = torch.randint(1, 50, (2, 8), generator=generator)
     mask = torch.ones_like(ids)
@@ -185,7 +193,7 @@ def test_trainer_trains_and_resumes_what_it_saved(tmp_path: Path):
     assert torch.equal(loaded(ids[None]).logits, model(ids[None]).logits)
 
 
-def small_encoder(**options) -> BertModel:
+def small_encoder() -> Any:
     return BertModel(
         BertConfig(
             vocab_size=50,
@@ -194,7 +202,6 @@ def small_encoder(**options) -> BertModel:
             num_attention_heads=3,
             intermediate_size=40,
             attention_probs_dropout_prob=0.0,
-            **options,
         )
     ).eval()
 
@@ -235,7 +242,7 @@ def test_an_encoder_does_not_see_padding_and_is_saved(tmp_path: Path, generator)
     torch.testing.assert_close(out[:1, 6:], alone)
 
     model.save_pretrained(tmp_path)
-    loaded = BertModel.from_pretrained(tmp_path).eval()
+    loaded: Any = BertModel.from_pretrained(tmp_path).eval()
     assert not torch.allclose(loaded(**inputs).last_hidden_state, out, atol=1e-3)  # softmax, until it is asked
     use_linear(loaded)
     assert torch.equal(loaded(**inputs).last_hidden_state, out)
@@ -251,10 +258,10 @@ def test_an_encoder_trains(generator):
 
 
 def test_what_linear_attention_cannot_do_is_explained(generator):
-    with pytest.raises(ValueError, match="LlamaModel has causal attention.*LinearForCausalLM"):
+    with pytest.raises(ValueError, match=r"LlamaModel has causal attention.*LinearForCausalLM"):
         use_linear(LlamaModel(LlamaConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)))
     model = small_encoder()
-    with pytest.raises(ValueError, match="feature_map is one of elu.*got 'softmax'"):
+    with pytest.raises(ValueError, match=r"feature_map is one of elu.*got 'softmax'"):
         use_linear(model, "softmax")  # type: ignore[arg-type]
     use_linear(model)
     ids = torch.ones(2, 5, dtype=torch.int64)
