@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flopwise.linear_attention.feature_maps import FeatureMap, features_of
+from flopwise.linear_attention.kernels import numba as numba_kernels
 from flopwise.linear_attention.kernels.operator import attend
 from flopwise.linear_attention.recurrent import LinearState, init_state
 
@@ -136,7 +137,12 @@ def chosen_backend(query: Tensor, *, backend: Backend = "auto") -> Choice:
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend is one of {', '.join(get_args(Backend))}; got {backend!r}.")
-    return Choice("torch", "runs anywhere")
+    obstacle = numba_kernels.obstacle(query)
+    if backend == "numba" and obstacle:
+        raise RuntimeError(f"backend='numba' cannot run here: {obstacle} Or take backend='torch'.")
+    if backend != "auto":
+        return Choice(backend, "asked for")
+    return Choice("torch", obstacle) if obstacle else Choice("numba", "on the CPU, the fastest")
 
 
 def _check(

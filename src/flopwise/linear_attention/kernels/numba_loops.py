@@ -483,3 +483,91 @@ def causal_backward(
             store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
         grad_memory[text, group] = state[:width, :value_width]
         grad_normaliser[text, group] = z[0, :width]
+
+
+@compiled
+@no_type_check
+def full_forward(
+    start, stop, bounds, key_bounds, query, key, value, decay, memory, normaliser, use_elu,
+    out, denominator, last_memory, last_normaliser,
+):  # fmt: skip
+    """`kernels.torch.forward` of attention to all keys: S first, then q S."""
+    _, groups, width, value_width = memory.shape
+    E, M = padded(width), padded(value_width)
+    q, k, v = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M)
+    product, S, z, total = matrix(CHUNK, M), matrix(E, M), matrix(1, E), matrix(1, CHUNK)
+    partial, partial_t = matrix(CHUNK, LANES), matrix(LANES, CHUNK)
+    for row in range(start, stop):
+        text, group = row // groups, row % groups
+        S[:width, :value_width] = memory[text, group]
+        z[0, :width] = normaliser[text, group]
+        for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
+            count = min(CHUNK, key_bounds[text, 1] - first)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            add_transposed_product(S, k, v, True)
+            add_rows(k, z)
+        for head in heads_of(group, query):
+            for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
+                count = min(CHUNK, bounds[text, 1] - first)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
+                add_product(product, q, S, False)
+                total[:] = 0
+                add_dots(q, z, 0, partial, partial_t, total)
+                write_output(product, total, out, denominator, text, head, first, count, value_width)
+        last_memory[text, group] = S[:width, :value_width]
+        last_normaliser[text, group] = z[0, :width]
+
+
+@compiled
+@no_type_check
+def full_backward(
+    start, stop, bounds, key_bounds, query, key, value, decay, memory, normaliser, use_elu,
+    out, denominator, last_memory, last_normaliser, grad_out, grad_last_memory, grad_last_normaliser,
+    grad_query, grad_key, grad_value, grad_memory, grad_normaliser,
+):  # fmt: skip
+    """`kernels.torch.backward` of attention to all keys: over the queries, which give R, then over the keys."""
+    _, groups, width, value_width = memory.shape
+    E, M = padded(width), padded(value_width)
+    q, k, g, v, y = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M), matrix(CHUNK, M), matrix(CHUNK, M)
+    grad_e, grad_m = matrix(CHUNK, E), matrix(CHUNK, M)
+    S, S_t, R, R_t = matrix(E, M), matrix(M, E), matrix(E, M), matrix(M, E)
+    z, r, inverse, total = matrix(1, E), matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK)
+    partial, partial_t, ones = matrix(CHUNK, LANES), matrix(LANES, CHUNK), np.ones(CHUNK, np.float32)
+    for row in range(start, stop):
+        text, group = row // groups, row % groups
+        S[:width, :value_width] = last_memory[text, group]
+        z[0, :width] = last_normaliser[text, group]
+        R[:width, :value_width] = grad_last_memory[text, group]
+        r[0, :width] = grad_last_normaliser[text, group]
+        transpose(S, S_t)
+        for head in heads_of(group, query):
+            for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
+                count = min(CHUNK, bounds[text, 1] - first)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, y)
+                total[:] = 0
+                add_dots(g, y, M, partial, partial_t, total)
+                shrink(total, np.float32(-1))  # the share of the denominator
+                add_product(grad_e, g, S_t, False)
+                add_outer(total[0], z, grad_e)
+                add_transposed_product(R, q, g, True)
+                add_weighted_rows(total[0], q, r)
+                if use_elu:
+                    through_elu(grad_e, q)
+                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width)
+        transpose(R, R_t)
+        for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
+            count = min(CHUNK, key_bounds[text, 1] - first)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            add_product(grad_e, v, R_t, False)
+            add_outer(ones, r, grad_e)
+            add_product(grad_m, k, R, False)
+            if use_elu:
+                through_elu(grad_e, k)
+            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)
+            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
+        grad_memory[text, group] = R[:width, :value_width]
+        grad_normaliser[text, group] = r[0, :width]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flopwise.linear_attention.kernels import numba as numba_kernels
 from flopwise.linear_attention.kernels import torch as torch_kernels
 from flopwise.linear_attention.kernels.torch import Gradients, Result
 
-KERNELS = {"torch": torch_kernels}
+KERNELS = {"torch": torch_kernels, "numba": numba_kernels}
 
 
 @torch.library.custom_op("flopwise::linear_attention", mutates_args=())

@@ -63,7 +63,8 @@ def forward(
 
     state = _joined(memory, normaliser)
     weights = _Weights(decay, state)
-    outs, denominators = [], []
+    outs = [query.new_empty(*query.shape[:2], 0, value.shape[3])]
+    denominators = [state.new_empty(*query.shape[:2], 0)]
     if not causal:
         for at in _chunks(key):
             state = state + _features(key, at, use_elu).mT @ _with_one(value, at)
@@ -117,7 +118,7 @@ def backward(
     state = _joined(memory, normaliser) if causal else _joined(result.memory, result.normaliser)
     reverse = _joined(grad_memory, grad_normaliser)  # R'
     weights = _Weights(decay, state)
-    grad_query, grad_key, grad_value = [], [], []
+    grad_query, grad_key, grad_value = [query[:, :, :0]], [key[:, :, :0]], [value[:, :, :0]]
     for at in _chunks(query):
         g = _by_key_head(_grad_product(grad_out, result, at), key)
         grad = g @ state.mT
@@ -181,7 +182,7 @@ class _Weights:
 
 def _chunks(x: Float[Tensor, "b h n e"]) -> list[slice]:
     length = x.shape[2]
-    return [slice(start, min(start + CHUNK, length)) for start in range(0, max(length, 1), CHUNK)]
+    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
 
 
 def _sequences(
