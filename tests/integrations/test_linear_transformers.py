@@ -105,7 +105,7 @@ def test_the_cache_does_not_grow(model: Any, generator):
         result = model.generate(
             **prompts(6, 4, generator=generator), max_new_tokens=new, do_sample=False, return_dict_in_generate=True
         )
-        cache = result.past_key_values
+        cache: Any = result.past_key_values
         assert isinstance(cache, StateCache) and cache.get_seq_length() == 6 + new - 1
         sizes.append([part.shape for part in cache.state])
         assert cache.state.position.tolist() == [6 + new - 1, 4 + new - 1]
@@ -127,6 +127,9 @@ def test_a_cache_goes_on_where_it_was(model: Any, generator):
         whole[:, -1:],
     )
     assert model(ids).past_key_values is None
+    cache = StateCache(state, 7)
+    cache.batch_repeat_interleave(2)
+    assert cache.state is not None and torch.equal(cache.state.memory[:, 2], state.memory[:, 1])
     with pytest.raises(ValueError, match="cannot be cropped"):
         second.past_key_values.crop(1)
 
@@ -185,7 +188,7 @@ def test_trainer_trains_and_resumes_what_it_saved(tmp_path: Path):
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)  # type: ignore[arg-type]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
