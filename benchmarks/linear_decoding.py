@@ -2,9 +2,9 @@
 
     python benchmarks/linear_decoding.py        one thread, one process, alternating, medians of CPU time; ten minutes
 
-256 wide, 8 layers, 8 heads, feed-forward 1024, vocabulary 256, float32, random weights, inference mode. A generation
-of T tokens is timed at its positions: what a softmax step costs is smooth in the position, so the mean over Gauss'
-points is the mean over all. Appends one record to benchmarks/results/linear_decoding.jsonl.
+256 wide, 8 layers, 8 heads, feed-forward 1024, vocabulary 256, float32, random weights, inference mode; beside the
+speeds stand those of the matrices alone, which bound them. Appends one record to
+benchmarks/results/linear_decoding.jsonl.
 """
 
 import json
@@ -12,60 +12,31 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from flopwise.experiments.linear_baseline import CacheDecoder, SoftmaxCausalLM
+from flopwise.experiments.linear_baseline import SoftmaxCausalLM
+from flopwise.experiments.linear_speed import Work, measure
 from flopwise.experiments.runner import provenance
-from flopwise.models import Decoder, LinearCausalLM
-from flopwise.models.decoding import Packed
+from flopwise.models import LinearCausalLM
+from flopwise.models.decoding import Matrix, Packed, Weights, pack
 
 RESULTS = Path(__file__).parent / "results" / "linear_decoding.jsonl"
 SIZE: dict[str, Any] = {"vocab_size": 256, "dim": 256, "depth": 8, "heads": 8, "ff": 1024}
 LENGTHS = (784, 3072)
-# Gauss-Legendre on [0, 1] with 4 points: exact for costs that are polynomials of degree 7 in the position
-GAUSS = ((0.069432, 0.173927), (0.330009, 0.326073), (0.669991, 0.326073), (0.930568, 0.173927))
 ROUNDS = {1: 15, 32: 5}
-BURST = {1: 6, 32: 1}  # steps in a row, as in a generation, where weights are in the cache from the step before
-SLICES = 8  # sequences of a batch without a cache that go through the model together, so that they stay in the cache
+BURST = {1: 6, 32: 1}
 
 
-def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    start = time.process_time()
-    for _ in range(repeats):
-        work()
-    return (time.process_time() - start) / repeats
+def matrices(packed: Packed) -> list[Matrix]:
+    return [packed.project, packed.out, packed.up, packed.down]
 
 
-def alternating(works: dict[str, Callable[[], object]], batch: int) -> dict[str, float]:
-    """Median seconds of each, one after the other, round after round."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(ROUNDS[batch]):
-        for name, work in works.items():
-            work()
-            times[name].append(seconds(work, BURST[batch]))
-    return {name: median(values) for name, values in times.items()}
-
-
-def positions(length: int) -> list[int]:
-    return [round(place * length) for place, _ in GAUSS]
-
-
-def mean_over(length: int, at: dict[int, float]) -> float:
-    return sum(weight * at[position] for position, (_, weight) in zip(positions(length), GAUSS, strict=True))
-
-
-def linear_layers(packed: Packed, batch: int) -> Callable[[], None]:
+def products(packed: Packed, batch: int) -> Work:
     """The matrix products of a step and nothing else, with torch."""
-    matrices = (packed.project, packed.out, packed.up, packed.down)
-    pairs = [
-        (matrix, torch.ones(batch, matrix.values.shape[2]), torch.empty(batch, matrix.rows)) for matrix in matrices
-    ]
+    pairs = [(m, torch.ones(batch, m.values.shape[2]), torch.empty(batch, m.rows)) for m in matrices(packed)]
 
     def work() -> None:
         for layer in range(len(packed.project.values)):
@@ -75,18 +46,18 @@ def linear_layers(packed: Packed, batch: int) -> Callable[[], None]:
     return work
 
 
-def gemv(packed: Packed) -> Callable[[], None]:
+def gemv(packed: Packed) -> Work:
     """The same for one sequence, with the kernel that `stack` uses."""
     from flopwise.models.kernels.numba import multiply
 
     calls = [
         (
-            *(part[layer].numpy() for part in (matrix.values, matrix.scale, matrix.bias)),
-            *(torch.ones(1, n).numpy() for n in (matrix.values.shape[2], matrix.rows)),
+            *(part[layer].numpy() for part in (m.values, m.scale, m.bias)),
+            *(torch.ones(1, n).numpy() for n in (m.values.shape[2], m.rows)),
             False,
         )
         for layer in range(len(packed.project.values))
-        for matrix in (packed.project, packed.out, packed.up, packed.down)
+        for m in matrices(packed)
     ]
 
     def work() -> None:
@@ -96,89 +67,25 @@ def gemv(packed: Packed) -> Callable[[], None]:
     return work
 
 
-def decode(linear: LinearCausalLM, softmax: SoftmaxCausalLM, batch: int) -> dict:
-    """Milliseconds a step and tokens a second, with every baseline."""
-    ids = torch.zeros(batch, dtype=torch.int64)
-    decoders: dict[str, Decoder] = {"linear": linear.decoder(batch)}
+def decode(linear: LinearCausalLM, softmax: SoftmaxCausalLM, batch: int) -> dict[str, Any]:
+    """Speeds, and the shares of what the matrices alone allow."""
+    packed: dict[Weights, Packed] = {weights: pack(linear, weights) for weights in ("float32", "int8")}
     if batch == 1:
-        decoders["linear, int8"] = linear.decoder(batch, weights="int8")
-    places = sorted({position for length in LENGTHS for position in positions(length)})
-    cache = CacheDecoder(softmax, batch, max(LENGTHS))
-    packed = decoders["linear"]._packed
-
-    def cached(position: int) -> Callable[[], object]:
-        def work() -> object:
-            cache.position = position
-            return cache.step(ids)
-
-        return work
-
-    works: dict[str, Callable[[], object]] = {}
-    for position in places:  # linear steps between those of the cache, so that all see the same machine
-        works |= {f"{name} {position}": lambda d=d: d.step(ids) for name, d in decoders.items()}
-        works[f"cache {position}"] = cached(position)
-    works["products"] = linear_layers(packed, batch)
-    if batch == 1:
-        works["gemv"] = gemv(packed)
-        works["gemv, int8"] = gemv(decoders["linear, int8"]._packed)
-    times = alternating(works, batch)
-
-    def of(name: str) -> dict[int, float]:
-        return {position: times[f"{name} {position}"] for position in places}
-
-    step = {name: median(of(name).values()) for name in decoders}
-    result: dict = {
-        "batch": batch,
-        "backend": decoders["linear"].backend,
-        "step_ms": {name: 1e3 * value for name, value in step.items()},
-        "products_ms": 1e3 * times["products"],
-        "products_gflops": 2e-9 * batch * sum(m.numel() for m in _matrices(packed)) / times["products"],
-        "by_position": {
-            name: [{"position": p, "tokens_per_second": batch / t} for p, t in of(name).items()]
-            for name in (*decoders, "cache")
-        },
-        "lengths": [],
-    }
-    if batch == 1:
-        megabytes = 4e-6 * sum(m.numel() for m in _matrices(packed))
-        result |= {
-            "weights_mb": megabytes,
-            "gemv_gb_per_s": 1e-3 * megabytes / times["gemv"],
-            "share_of_gemv": times["gemv"] / step["linear"],
-            "share_of_gemv_int8": times["gemv, int8"] / step["linear, int8"],
-            "int8_gain": step["linear"] / step["linear, int8"],
-        }
+        beside = {f"matrices, {weights}": gemv(weights_packed) for weights, weights_packed in packed.items()}
     else:
-        result["share_of_products"] = times["products"] / step["linear"]
-    for length in LENGTHS:
-        with_cache = mean_over(length, of("cache"))
-        without = mean_over(length, {position: no_cache(softmax, batch, position) for position in positions(length)})
-        row = {
-            "length": length,
-            "tokens_per_second": {name: batch / value for name, value in step.items()}
-            | {"cache": batch / with_cache, "no cache": batch / without},
-            "gain over cache": {name: with_cache / value for name, value in step.items()},
-            "gain over no cache": {name: without / value for name, value in step.items()},
-        }
-        print(json.dumps({"batch": batch, **row}), flush=True)
-        result["lengths"].append(row)
+        beside = {"matrices, float32": products(packed["float32"], batch)}
+    result = measure(
+        linear, softmax, batch=batch, lengths=LENGTHS, rounds=ROUNDS[batch], burst=BURST[batch], beside=beside
+    )
+    numbers = sum(m.values.numel() for m in matrices(packed["float32"]))
+    step, alone = result["step_ms"], result["beside_ms"]
+    result["matrices_gflops"] = 2e-6 * batch * numbers / alone["matrices, float32"]
+    result["share_of_matrices"] = {"linear": alone["matrices, float32"] / step["linear"]}
+    if batch == 1:
+        result["matrices_gb_per_s"] = 4e-6 * numbers / alone["matrices, float32"]
+        result["share_of_matrices"]["linear, int8"] = alone["matrices, int8"] / step["linear, int8"]
+        result["int8_gain"] = step["linear"] / step["linear, int8"]
     return result
-
-
-def no_cache(model: SoftmaxCausalLM, batch: int, position: int) -> float:
-    """Seconds for one more token when everything before is computed anew; the logits of the last position only."""
-    ids = torch.zeros(min(batch, SLICES), position + 1, dtype=torch.int64)
-
-    def work() -> None:
-        x, _ = model._blocks(ids, None, None)
-        model.head(model.norm(x[:, -1]))
-
-    rounds = 3 if batch == 1 else 1
-    return median(seconds(work) for _ in range(rounds)) * batch / len(ids)
-
-
-def _matrices(packed: Packed) -> list[torch.Tensor]:
-    return [matrix.values for matrix in (packed.project, packed.out, packed.up, packed.down)]
 
 
 def warm_up() -> dict[str, float]:
@@ -186,9 +93,9 @@ def warm_up() -> dict[str, float]:
     code = """
 import time, torch
 from flopwise.models import LinearCausalLM
-model = LinearCausalLM(256)
+decoder = LinearCausalLM(256).decoder(backend="torch")
 start = time.perf_counter()
-model.decoder(backend={backend!r}).step(torch.tensor([0]))
+LinearCausalLM(256).decoder(backend={backend!r}).step(torch.tensor([0]))
 print(time.perf_counter() - start)
 """
     taken = {}
@@ -203,9 +110,9 @@ print(time.perf_counter() - start)
 def main() -> None:
     torch.set_num_threads(1)
     linear, softmax = LinearCausalLM(**SIZE), SoftmaxCausalLM(**SIZE)
-    record = {"benchmark": "linear_decoding", "size": SIZE, "threads": 1, "first_step_seconds": warm_up()}
-    with torch.inference_mode():
-        record["batches"] = [decode(linear, softmax, batch) for batch in (1, 32)]
+    record: dict[str, Any] = {"benchmark": "linear_decoding", "size": SIZE, "threads": 1}
+    record["first_step_seconds"] = warm_up()
+    record["batches"] = [decode(linear, softmax, batch) for batch in (1, 32)]
     print(json.dumps(record, indent=2))
     with RESULTS.open("a") as file:
         file.write(json.dumps(record | provenance()) + "\n")

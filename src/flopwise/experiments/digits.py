@@ -34,14 +34,12 @@ def pictures(pixels: Int[Tensor, "b 784"]) -> list[list[list[int]]]:
 
 
 class Shuffled:
-    """A loader of batches of sequences (b, n), as int64, pass after pass, each in a new order."""
+    """A loader of batches of different sequences (b, n), as int64, without end; the generator decides alone."""
 
     def __init__(self, sequences: UInt8[Tensor, "count n"], *, size: int, generator: torch.Generator) -> None:
         self.sequences, self.size, self.generator = sequences, size, generator
 
     def __iter__(self) -> Iterator[Int[Tensor, "b n"]]:
         while True:
-            order = torch.randperm(len(self.sequences), generator=self.generator)
-            for index in order.split(self.size):
-                if len(index) == self.size:
-                    yield self.sequences[index].long()
+            index = torch.randperm(len(self.sequences), generator=self.generator)[: self.size]
+            yield self.sequences[index].long()
