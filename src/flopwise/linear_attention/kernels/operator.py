@@ -1,0 +1,168 @@
+"""The one operator that `linear_attention` calls, with everything torch wants to know about an operator.
+
+Shape inference, gradients of gradients, `vmap`, and how many FLOPs it costs. It keeps the inputs, the output and its
+denominators for the backward pass, and nothing else.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flopwise.linear_attention.kernels import numba as numba_kernels
+from flopwise.linear_attention.kernels import torch as torch_kernels
+from flopwise.linear_attention.kernels.torch import Gradients, Result
+
+KERNELS = {"torch": torch_kernels, "numba": numba_kernels}
+
+
+@torch.library.custom_op("flopwise::linear_attention", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Tensor,
+    normaliser: Tensor,
+    decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    use_elu: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Result`, computed by `backend`: see `kernels.torch.forward`."""
+    with _no_autocast(query):
+        return KERNELS[backend].forward(
+            query, key, value, memory, normaliser, decay, cu_seqlens, causal=causal, use_elu=use_elu
+        )
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, memory: Tensor, normaliser: Tensor, *_: object) -> Result:
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, heads, length, value.shape[3])
+    denominator = memory.new_empty(batch, heads, length)
+    return Result(out, denominator, memory.new_empty(memory.shape), normaliser.new_empty(normaliser.shape))
+
+
+@torch.library.custom_op("flopwise::linear_attention_backward", mutates_args=())
+def attend_backward(
+    grad_out: Tensor,
+    grad_memory: Tensor,
+    grad_normaliser: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory: Tensor,
+    normaliser: Tensor,
+    decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    denominator: Tensor,
+    last_memory: Tensor,
+    last_normaliser: Tensor,
+    causal: bool,
+    use_elu: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Gradients`, computed by `backend`: see `kernels.torch.backward`."""
+    grads = grad_out, grad_memory, grad_normaliser
+    inputs = query, key, value, memory, normaliser, decay, cu_seqlens
+    result = Result(out, denominator, last_memory, last_normaliser)
+    with _no_autocast(query):
+        return KERNELS[backend].backward(*grads, *inputs, result, causal=causal, use_elu=use_elu)
+
+
+@attend_backward.register_fake
+def _(grad_out: Tensor, grad_memory: Tensor, grad_normaliser: Tensor, *inputs: Any) -> Gradients:
+    return Gradients(*(x.new_empty(x.shape) for x in inputs[:5]))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.causal, ctx.use_elu, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor, grad_memory: Tensor, grad_normaliser: Tensor) -> tuple:
+    query, key, value, memory, normaliser, decay, cu_seqlens, *result = ctx.saved_tensors
+    inputs = query, key, value, memory, normaliser, decay, cu_seqlens
+    settings = ctx.causal, ctx.use_elu, ctx.backend
+    grads = Gradients(*attend_backward(grad_out, grad_memory, grad_normaliser, *inputs, *result, *settings))
+    grad_decay = None
+    if ctx.needs_input_grad[5]:
+        grad_decay = _grad_decay(inputs, Result(*result), grads, grad_memory, grad_normaliser, ctx.use_elu)
+    return *grads, grad_decay, None, None, None, None
+
+
+attend.register_autograd(_backward, setup_context=_save)
+
+
+def _save_for_second(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.causal, ctx.use_elu, _backend = inputs
+    ctx.save_for_backward(*tensors[:10])
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> tuple:
+    """The gradients of the gradients, by differentiating the torch kernel twice.
+
+    `out`, `denominator` and the last state are functions of the inputs: what flows through them is in those gradients.
+    """
+    given = [
+        x if x is None or x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
+        for x in ctx.saved_tensors
+    ]
+    outputs, inputs, (decay, cu_seqlens) = given[:3], given[3:8], given[8:]
+    with torch.enable_grad():
+        result = torch_kernels.forward(*inputs, decay, cu_seqlens, causal=ctx.causal, use_elu=ctx.use_elu)
+        first = torch.autograd.grad(
+            (result.out, result.memory, result.normaliser), inputs, outputs, create_graph=True, materialize_grads=True
+        )
+    wanted = [x for x in given[:9] if x is not None]
+    more = torch.is_grad_enabled()
+    second = iter(torch.autograd.grad(first, wanted, grads, create_graph=more, allow_unused=True))
+    return *(None if x is None else next(second) for x in given[:9]), *[None] * 8
+
+
+attend_backward.register_autograd(_second_backward, setup_context=_save_for_second)
+
+
+def _grad_decay(
+    inputs: tuple[Tensor, ...],
+    result: Result,
+    grads: Gradients,
+    grad_memory: Tensor,
+    grad_normaliser: Tensor,
+    elu: bool,
+) -> Tensor:
+    """The gradient of decay, (b, g), from what is known already.
+
+    A pair of positions has the weight decay^(i - j), and phi(q_i) . d phi(q_i) adds up the gradients of all pairs of i,
+    each times its value; likewise of j. With what involves the first and the last state,
+
+        decay d decay = sum_i i (phi(q_i) . d phi(q_i) - phi(k_i) . d phi(k_i)) + S_0 . d S_0 + (n - 1) S_n . d S_n
+    """
+    query, key, _value, memory, normaliser, decay, cu_seqlens = inputs
+    if cu_seqlens is None:
+        position, last = torch.arange(query.shape[2], device=query.device), query.shape[2] - 1
+    else:
+        lengths = cu_seqlens.diff()
+        starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=query.shape[2])
+        position, last = torch.arange(query.shape[2], device=query.device) - starts, (lengths - 1)[:, None]
+
+    def of_positions(x: Tensor, grad: Tensor) -> Tensor:
+        """sum_i i phi(x_i) . d phi(x_i); with elu, d phi is the gradient of x over min(phi, 1)."""
+        x, grad = x.to(memory.dtype), grad.to(memory.dtype)
+        product = (torch.clamp(x + 1, min=1) if elu else x) * grad
+        return (product.sum(-1).double() * position).sum(-1).unflatten(1, (key.shape[1], -1)).sum(-1)
+
+    first = (memory * grads.memory).sum((-2, -1)) + (normaliser * grads.normaliser).sum(-1)
+    end = (result.memory * grad_memory).sum((-2, -1)) + (result.normaliser * grad_normaliser).sum(-1)
+    total = of_positions(query, grads.query) - of_positions(key, grads.key)
+    return ((total + (first + last * end).sum_to_size(total.shape)) / decay).to(decay.dtype)
+
+
+def _no_autocast(query: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast has chosen the inputs' dtype; what is computed from them is not its to lower."""
+    return torch.autocast(query.device.type, enabled=False)
