@@ -132,6 +132,36 @@ def demo_clustered(
     _print_paths(out)
 
 
+@demo_app.command("linear")
+def demo_linear(
+    each: Annotated[int, typer.Option(min=1, help="New pictures of every digit.")] = 6,
+    length: Annotated[int, typer.Option(min=1, help="Characters of the play.")] = 600,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is painted and written.")] = 0,
+    out: Out = Path("report"),
+) -> None:
+    """A transformer that is a recurrent network: it paints digits and writes a play, at a constant cost a token.
+
+    The models are small, trained by `python -m flopwise.experiments.linear` and shipped. The page `index.html` shows
+    new digits, completions of half-hidden ones, and tokens a second against the position, beside the same model with
+    softmax attention: with a key-value cache, and computing everything anew.
+
+    Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
+    """
+    from flopwise.experiments import linear_demo
+
+    console = Console()
+    _run(lambda: linear_demo.show(out, each=each, seed=seed), out)
+    console.print(linear_demo.PROMPT, end="", highlight=False, markup=False)
+
+    def write(text: str) -> None:
+        console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+
+    _run(lambda: linear_demo.play(out, length=length, seed=seed, write=write), out)
+    console.print("\n")
+    _print_linear(console, out / "records.jsonl")
+    _print_paths(out)
+
+
 class Metric(StrEnum):
     cosine = "cosine"
     task = "task"
@@ -299,6 +329,14 @@ def _progress(console: Console) -> Any:
         TimeElapsedColumn(),
         console=console,
     )
+
+
+def _print_linear(console: Console, path: Path) -> None:
+    """Tokens a second, and how many times as fast."""
+    from flopwise.report import read_records
+    from flopwise.report.linear import SPEED_COLUMNS, speed_rows
+
+    _print_table(console, SPEED_COLUMNS, speed_rows(read_records(path)))
 
 
 def _print_importance(console: Console, path: Path) -> None:

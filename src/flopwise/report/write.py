@@ -9,15 +9,22 @@ from flopwise.report import (
     clustered_sections,
     importance,
     importance_sections,
+    linear,
     tuned,
     tuned_sections,
 )
 from flopwise.report.page import Section, page, paragraph
 from flopwise.report.records import Record
 
-PROBLEM = {"importance": importance.problem, "clustered": clustered.problem, "tune": tuned.problem}
+PROBLEM = {
+    "importance": importance.problem,
+    "clustered": clustered.problem,
+    "linear": linear.problem,
+    "tune": tuned.problem,
+}
 SECTIONS = {
     "importance": importance_sections.sections,
+    "linear": linear.sections,
     "clustered": clustered_sections.sections,
     "tune": tuned_sections.sections,
 }

@@ -69,7 +69,9 @@ def backward(
     results = _flat(result.out, packed), _flat(result.denominator, packed), result.memory, result.normaliser
     upstream = _flat(grad_out, packed), grad_memory, grad_normaliser
     _run("backward", causal, memory, *inputs, *results, *upstream, *(_flat(x, packed) for x in grads[:3]), *grads[3:])
-    return Gradients(*(x.to(like.dtype) for x, like in zip(grads, (query, key, value, memory, normaliser), strict=True)))
+    return Gradients(
+        *(x.to(like.dtype) for x, like in zip(grads, (query, key, value, memory, normaliser), strict=True))
+    )
 
 
 def _inputs(
