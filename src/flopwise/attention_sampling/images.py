@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,11 +75,8 @@ class LazyImage:
     def __init__(self, source: "_Source | Reader", fill: int, name: str) -> None:
         self._source, self.fill, self.name = source, fill, name
         reader = self._reader()
-        finest = reader.grids[0]
-        self.levels = tuple(
-            Level(grid.height, grid.width, _downsample(finest.height, finest.width, grid.height, grid.width))
-            for grid in reader.grids
-        )
+        factors = _downsamples([(grid.height, grid.width) for grid in reader.grids])
+        self.levels = tuple(Level(g.height, g.width, f) for g, f in zip(reader.grids, factors, strict=True))
         self.channels = reader.channels
         self.microns_per_pixel = reader.microns_per_pixel
 
@@ -242,12 +240,14 @@ def _pool(purpose: str, threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix=f"flopwise-{purpose}")
 
 
-def _downsample(height: int, width: int, h: int, w: int) -> float:
-    """The factor between two sizes: a whole number, when rounding to pixels explains the difference."""
-    factor = max(height, width) / max(h, w)
-    whole = round(factor)
-    fits = abs(height / whole - h) <= 1 and abs(width / whole - w) <= 1
-    return float(whole) if fits else factor
+def _downsamples(sizes: list[tuple[int, int]]) -> list[float]:
+    """Of each level against the first. From one to the next it is whole when rounding explains the rest."""
+    factors = [1.0]
+    for (height, width), (h, w) in pairwise(sizes):
+        whole = round(max(height, width) / max(h, w))
+        fits = abs(height / whole - h) <= 1 and abs(width / whole - w) <= 1
+        factors.append(factors[-1] * whole if fits else max(sizes[0]) / max(h, w))
+    return factors
 
 
 def _cache_folder() -> Path:
