@@ -5,4 +5,6 @@ import os
 if not os.environ.get("FLOPWISE_NO_SHAPE_CHECKS"):
     from jaxtyping import install_import_hook
 
-    install_import_hook(["flopwise.attention_sampling", "flopwise.models"], "shape_checks.checker")
+    names = ("sampling", "expectation", "patches", "priors", "module")
+    checked = [f"flopwise.attention_sampling.{name}" for name in names]
+    install_import_hook([*checked, "flopwise.models"], "shape_checks.checker")

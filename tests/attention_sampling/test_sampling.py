@@ -51,6 +51,9 @@ def test_the_noise_is_uniform_and_uncorrelated(generator: torch.Generator):
     assert abs(float((z[1:] * z[:-1]).mean())) < limit  # rows
     again = uniforms(log_a, 5000, seed=1)
     assert abs(float((z * (again - 0.5) * 12**0.5).mean())) < limit  # seeds
+    same = log_a[:1].expand(200, -1)
+    one, other = uniforms(same, 5000, seed=3), uniforms(same, 5000, seed=4)
+    assert not (one[1:] == other[:-1]).any(1).all()  # the next row of a seed is no row of the next seed
     assert abs(float((z * log_a).mean() - z.mean() * log_a.mean())) < limit  # the attention itself
     assert torch.equal(u, uniforms(log_a.clone(), 5000, seed=0))
 

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from flopwise.attention_sampling import expectation, sample
+from flopwise.attention_sampling import AttentionSampling, expectation, sample
 from flopwise.attention_sampling.expectation import Estimator
 
 if not os.environ.get("FLOPWISE_NO_SHAPE_CHECKS"):
@@ -23,12 +24,23 @@ if not os.environ.get("FLOPWISE_NO_SHAPE_CHECKS"):
 
 else:
 
+    def look(**options) -> AttentionSampling:
+        attention = nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.Tanh(), nn.Conv2d(2, 1, 1))
+        feature = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        module = AttentionSampling(attention, feature, patch_size=8, n_patches=3, **options)
+        for parameter in module.parameters():
+            if parameter.ndim:
+                nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        return module
+
     def test_broken_shapes_are_explained():
         log_a, features = torch.zeros(2, 3), torch.zeros(2, 4, 5)
         with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4, 5\).*gather"):
             expectation(log_a, features)
         with pytest.raises(ValueError, match=r"estimator is one of murthy, des_raj.*'raj'"):
             expectation(log_a, features[:, :3], estimator="raj")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"prior is one of brightness, local_contrast.*'dark'"):
+            look(prior="dark")
 
     # torch's own tracer makes an instance of every autograd function it meets, and warns of that
     @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
@@ -49,3 +61,22 @@ else:
             results.append(torch.autograd.grad(function(x, f), (x, f)))
         for eager, compiled in zip(*results, strict=True):
             torch.testing.assert_close(eager, compiled)
+
+    @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("estimator", ["murthy", "des_raj", "replacement", "topk"])
+    def test_the_layer_compiles_as_one_graph(estimator: Estimator):
+        """The same draw, features and gradients."""
+        g = torch.Generator().manual_seed(0)
+        low, high = torch.rand(2, 1, 11, 13, generator=g), torch.rand(2, 1, 44, 52, generator=g)
+        module = look(estimator=estimator, prior="local_contrast", smoothing=0.1)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        results = []
+        for layer in (module, compiled):
+            found = layer(low, high)
+            gradients = torch.autograd.grad(found.features.square().sum(), list(module.parameters()))
+            results.append((found, gradients))
+        (eager, eager_gradients), (traced, traced_gradients) = results
+        assert torch.equal(eager.positions, traced.positions)
+        torch.testing.assert_close(eager.features, traced.features)
+        for wanted, found in zip(eager_gradients, traced_gradients, strict=True):
+            torch.testing.assert_close(found, wanted)

@@ -66,16 +66,22 @@ def uniforms(log_attention: Float[Tensor, "b k"], columns: int, seed: int) -> Fl
     place = torch.arange(bits.shape[1], device=device)
     content = _hash(bits ^ ((place * 0x1E3779B9) & MASK)).sum(-1)
     row = torch.arange(len(bits), device=device)
-    key = _hash(_hash((content ^ (content >> 32)) & MASK) ^ _hash(row + (seed & 0x7FFFFFFF)))
+    stream = _hash(row ^ _hash(torch.full_like(row, seed & MASK)))
+    key = _hash(_hash((content ^ (content >> 32)) & MASK) ^ stream)
     numbers = _hash(_hash((key[:, None] + torch.arange(columns, device=device) * 0x1E3779B9) & MASK) ^ key[:, None])
     return numbers.float() / 2.0**32
 
 
 def _hash(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """Mixes 32 bits: shifts and odd multipliers, each a bijection."""
-    x = ((x ^ (x >> 16)) * 0x2C1B3C6D) & MASK
-    x = ((x ^ (x >> 12)) * 0x297A2D39) & MASK
-    return x ^ (x >> 15)
+    x = x ^ (x >> 16)
+    x *= 0x2C1B3C6D  # in place: at thousands of positions the copies cost as much as the arithmetic
+    x &= MASK
+    x ^= x >> 12
+    x *= 0x297A2D39
+    x &= MASK
+    x ^= x >> 15
+    return x
 
 
 def check_draw(log_attention: Tensor, n: int, replace: bool) -> None:
