@@ -12,9 +12,11 @@ Patch = tuple[int, int, np.ndarray]  # y and x of its top-left pixel in its leve
 
 def tiles_under(grid: Grid, y: int, x: int, height: int, width: int) -> Iterator[tuple[int, int]]:
     """(row, column) of every tile of `grid` that a patch touches; the patch may lie outside."""
-    bottom, right = min(y + height, grid.height), min(x + width, grid.width)
-    for row in range(max(y, 0) // grid.tile_height, -(-bottom // grid.tile_height)):
-        for column in range(max(x, 0) // grid.tile_width, -(-right // grid.tile_width)):
+    top, left, bottom, right = max(y, 0), max(x, 0), min(y + height, grid.height), min(x + width, grid.width)
+    if top >= bottom or left >= right:
+        return
+    for row in range(top // grid.tile_height, (bottom - 1) // grid.tile_height + 1):
+        for column in range(left // grid.tile_width, (right - 1) // grid.tile_width + 1):
             yield row, column
 
 
