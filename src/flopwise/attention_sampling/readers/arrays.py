@@ -3,9 +3,12 @@
 import mmap
 from pathlib import Path
 
-import numpy as np
+from flopwise.attention_sampling.readers.base import ImageError, Reader, complaints, missing
 
-from flopwise.attention_sampling.readers.base import ImageError, Reader, complaints
+try:
+    import numpy as np
+except ImportError as cause:
+    raise missing("images", "reading images", cause) from cause
 
 COARSEST = 64  # pixels of the longer side of the last level that is built
 SIDE = 512  # of the tiles an array is seen as: a slice, not a copy

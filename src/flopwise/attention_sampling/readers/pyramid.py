@@ -60,11 +60,11 @@ def build(reader: Reader, path: Path) -> None:
         with tifffile.TiffWriter(path, bigtiff=True, append=append) as writer:
             writer.write(
                 tiles(source, factor, reader.channels),
-                shape=(height, width, reader.channels),
+                shape=(height, width, reader.channels)[: 2 + (reader.channels > 1)],
                 dtype=np.uint8,
                 tile=(TILE, TILE),
                 photometric="rgb" if reader.channels == 3 else "minisblack",
-                planarconfig="contig",
+                planarconfig="contig" if reader.channels > 1 else None,
                 compression="zstd",
                 compressionargs={"level": 1},
                 predictor=True,
@@ -75,6 +75,10 @@ def build(reader: Reader, path: Path) -> None:
         if max(height, width) <= COARSEST:
             return
         source, factor, append = open_tiff(path).grids[-1], 2, True
+        if (source.height, source.width) != (height, width):
+            raise ImageError(
+                f"{path}: a level of {height} x {width} was written, but {source.height} x {source.width} read."
+            )
 
 
 def tiles(source: Grid, factor: int, channels: int) -> Iterator[np.ndarray]:

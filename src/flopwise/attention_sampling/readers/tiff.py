@@ -51,7 +51,8 @@ class TiffGrid:
                 "lengths."
             )
         size = np.uint64(self.file.size)
-        beyond = int(((self._offsets > size) | (self._counts > size - np.minimum(self._offsets, size))).sum())
+        ends = np.minimum(self._offsets, size) + np.minimum(self._counts, size)  # neither may wrap around
+        beyond = int(((self._counts > 0) & ((self._offsets > size) | (ends > size))).sum())
         if beyond:
             raise ImageError(
                 f"{self.file.path}: truncated, or wrong tile offsets: {beyond} of {tiles} tiles lie beyond the end of "
@@ -213,7 +214,7 @@ def pyramid(found: list[Directory]) -> list[Directory]:
     levels = {(height, width): base}
     for d in tiled:
         h, w = size(d)
-        if 0 < h < height and 0 < w < width and kind(d) == kind(base):
+        if 0 < h <= height and 0 < w <= width and kind(d) == kind(base):
             long, short = ((height, h), (width, w)) if height > width else ((width, w), (height, h))
             factor = long[0] / long[1]
             if abs(short[0] / factor - short[1]) <= 2:
