@@ -75,7 +75,7 @@ def complaints(path: Path, doing: str) -> Iterator[None]:
     """Whatever a decoder raises on broken bytes becomes an `ImageError` that names the file."""
     try:
         yield
-    except (ImageError, FileNotFoundError, PermissionError, ImportError):
+    except (ImageError, PermissionError, ImportError):
         raise
     except Exception as cause:
         raise ImageError(f"{path}: {doing} failed, the file is broken or of an unknown kind: {cause}") from cause
