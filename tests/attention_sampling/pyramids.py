@@ -52,6 +52,7 @@ def write_large(
     *,
     compression: str = "jpeg",
     tile: int = 256,
+    pyramid: bool = True,
     present: Callable[[int, int, int], bool] = everywhere,
 ) -> None:
     """A BigTIFF pyramid down to one tile, of 4 noisy tiles encoded once: seconds for 20,000 squared.
@@ -83,6 +84,6 @@ def write_large(
                 subfiletype=int(level > 0),
                 metadata=None,
             )
-            if max(height, width) <= tile:
+            if max(height, width) <= tile or not pyramid:
                 return
             level, height, width = level + 1, -(-height // 2), -(-width // 2)

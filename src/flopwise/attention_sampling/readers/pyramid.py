@@ -2,6 +2,7 @@
 
 import fcntl
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +41,14 @@ def complete(reader: Reader, cached: Path, name: object) -> Reader:
         part = cached.with_suffix(".part")
         with part.open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not cached.exists():
-                build(reader, part)
+            if cached.exists():  # another process built it while this one waited
+                part.unlink(missing_ok=True)
+            else:
+                try:
+                    build(reader, part)
+                except BaseException:
+                    os.truncate(part, 0)  # not removed: others wait for its lock
+                    raise
                 part.replace(cached)
     coarser = open_tiff(cached)
     kept = [] if reader.sequential else list(reader.grids)
