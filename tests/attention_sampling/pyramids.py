@@ -64,7 +64,8 @@ def write_large(
     for k in range(4):
         pixels = photograph(tile, tile * 4)[:, k * tile : (k + 1) * tile].astype(int)
         pixels = np.clip(pixels + generator.normal(0, 6, pixels.shape), 0, 255).astype(np.uint8)
-        encoded.append(jpeg_encode(pixels, level=85) if compression == "jpeg" else zlib_encode(pixels.tobytes(), level=6))
+        raw = pixels.tobytes()
+        encoded.append(jpeg_encode(pixels, level=85) if compression == "jpeg" else zlib_encode(raw, level=6))
 
     def tiles(level: int, height: int, width: int) -> Iterator[bytes]:
         for row in range(-(-height // tile)):
