@@ -32,7 +32,7 @@ from flopwise.attention_sampling.images import open_image, read_patches
 from flopwise.experiments.runner import provenance
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "attention_sampling"))
-from pyramids import write_large  # noqa: E402  # pyright: ignore[reportMissingImports]
+from pyramids import write_large  # pyright: ignore[reportMissingImports]
 
 RESULTS = Path(__file__).parent / "results" / "image_reading.jsonl"
 PATCHES, SIDE, THREADS = 64, 256, (1, 2)
