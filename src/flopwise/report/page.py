@@ -17,11 +17,11 @@ class Section:
     body: str
 
 
-def page(title: str, sections: Sequence[Section]) -> str:
-    """A complete HTML document which needs no other file and makes no request."""
+def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -> str:
+    """A complete HTML document which needs no other file and makes no request; `script` is a file beside this one."""
     resources = files("flopwise.report")
     style = resources.joinpath("style.css").read_text(encoding="utf-8")
-    script = resources.joinpath("hover.js").read_text(encoding="utf-8")
+    code = resources.joinpath(script).read_text(encoding="utf-8")
     body = "\n".join(f"<section>\n<h2>{escape(section.title)}</h2>\n{section.body}\n</section>" for section in sections)
     return f"""<!doctype html>
 <html lang="en">
@@ -39,7 +39,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 {body}
 </main>
 <script>
-{script}</script>
+{code}</script>
 </body>
 </html>
 """

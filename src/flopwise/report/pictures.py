@@ -61,14 +61,20 @@ def _figure(title: str, alt: str, lines: Sequence[bytes], first: Colour, last: C
 
 def _png(lines: Sequence[bytes], first: Colour, last: Colour) -> bytes:
     """A picture of 256 colours from `first` to `last`, one byte a pixel."""
+    palette = bytes(
+        round(low + (high - low) * i / 255) for i in range(256) for low, high in zip(first, last, strict=True)
+    )
+    return png(lines, len(lines[0]), channels=1, palette=palette)
+
+
+def png(lines: Sequence[bytes], width: int, *, channels: int, palette: bytes = b"") -> bytes:
+    """A PNG file of 8 bits: one channel through a palette, or red, green, blue and opacity."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", len(lines[0]), len(lines), 8, 3, 0, 0, 0)  # 8 bits, from a palette
-    palette = bytes(
-        round(low + (high - low) * i / 255) for i in range(256) for low, high in zip(first, last, strict=True)
-    )
+    header = struct.pack(">IIBBBBB", width, len(lines), 8, 3 if channels == 1 else 6, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + line for line in lines), 9)  # every line starts with its filter: none
-    chunks = chunk(b"IHDR", header) + chunk(b"PLTE", palette) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    colours = chunk(b"PLTE", palette) if palette else b""
+    chunks = chunk(b"IHDR", header) + colours + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks

@@ -1,0 +1,60 @@
+"""What a saved classifier sees in one image: its class, its attention, and the patches that it read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flopwise.attention_sampling import open_image
+from flopwise.attention_sampling.geojson import patches_geojson
+from flopwise.experiments.deep_zoom import as_jpeg, deep_zoom
+from flopwise.models import GlimpseClassifier
+
+
+def look(image_path: Path, model_folder: Path, out: Path, *, patches: int | None = None) -> dict[str, Any]:
+    """Predict, and write `seen.json` (for the page) and `patches.geojson` (for viewers of slides) into `out`.
+
+    Args:
+        patches: how many to read; the model's own number by default.
+
+    Raises:
+        ValueError: the image or the model cannot be read, or they do not fit together.
+    """
+    model = GlimpseClassifier.load(model_folder)
+    image = open_image(image_path)
+    if image.channels != model.config.channels:
+        raise ValueError(
+            f"the model was made for images of {model.config.channels} channels; {image_path} has {image.channels}."
+        )
+    (found,) = model.predict([image], n_patches=patches)
+    size, positions = model.config.patch_size, found.positions.tolist()
+    finest, (low,) = image.levels[0], model.low_views([image])
+    field = model.look.field
+    scale = finest.height / low.shape[1], finest.width / low.shape[2]
+    step = [s * f for s, f in zip(field.stride, scale, strict=True)]
+    first = [(e / 2 - p) * f for e, p, f in zip(field.size, field.padding, scale, strict=True)]  # the first centre
+    seen = {
+        "image": image_path.name,
+        "model": model_folder.name,
+        "label": found.label,
+        "probabilities": dict(zip(model.config.names, found.probabilities.tolist(), strict=True)),
+        "microns_per_pixel": image.microns_per_pixel,
+        "zoom": deep_zoom(image, regions=[(y, x, size, size) for y, x in positions]),
+        "attention": {
+            "rows": found.attention.tolist(),
+            "corner": [centre - s / 2 for centre, s in zip(first, step, strict=True)],
+            "step": step,
+        },
+        "patches": [
+            {"y": y, "x": x, "height": size, "width": size, "weight": weight, "picture": as_jpeg(patch)}
+            for (y, x), weight, patch in zip(
+                positions, found.weights.tolist(), (255 * found.patches).round().to(torch.uint8), strict=True
+            )
+        ],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
+    outline = patches_geojson(found.positions, (size, size), measurements={"weight": found.weights})
+    (out / "patches.geojson").write_text(json.dumps(outline), encoding="utf-8")
+    return seen
