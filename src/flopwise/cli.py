@@ -269,6 +269,44 @@ def tune(
     _print_paths(out)
 
 
+@app.command("look")
+def look_at(
+    image: Annotated[
+        Path, typer.Argument(exists=True, help="TIFF (also slides), PNG, JPEG, .npy or zarr, of any size.")
+    ],
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder that `GlimpseClassifier.save` wrote.")
+    ],
+    patches: Annotated[
+        int | None, typer.Option(min=1, help="Patches to read; default: as many as in training.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page, and of patches.geojson for viewers of slides.")] = Path(
+        "look"
+    ),
+) -> None:
+    """Show where a classifier looks in an image that may be larger than memory, and what it says of it.
+
+    The page `index.html` needs no server: the image to zoom into, the attention over it, and every patch that was read,
+    by weight. Only these are read at full resolution, so that an image of 100,000 x 100,000 pixels takes seconds.
+    """
+    try:
+        from flopwise.experiments.look import look
+
+        seen = look(image, model, out, patches=patches)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"flopwise look: {error}", err=True)
+        raise typer.Exit(2) from error
+    from flopwise.report.look import write_look
+
+    write_look(out / "seen.json", out / "index.html")
+    rows = sorted(seen["probabilities"].items(), key=lambda pair: -pair[1])[:10]
+    console = Console()
+    _print_table(console, ["class", "probability"], [[name, f"{100 * p:.1f} %"] for name, p in rows])
+    console.print(
+        f"The page: [bold]{out / 'index.html'}[/bold]   The patches: {out / 'patches.geojson'}", highlight=False
+    )
+
+
 def _find_model(name: str) -> str:
     """The folder of the model which an installed package carries; any other name as it is."""
     package = name.replace("-", "_")

@@ -87,7 +87,7 @@ def _viewer(seen: Mapping[str, Any]) -> str:
         '<label><input type="checkbox" data-show="attention" checked> attention</label>'
         '<label><input type="checkbox" data-show="patch" checked> patches</label></div>'
         f'<svg class="viewer" tabindex="0" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
-        f'{"".join(tiles)}{overlay}<g>{"".join(outlines)}</g></svg></figure>'
+        f"{''.join(tiles)}{overlay}<g>{''.join(outlines)}</g></svg></figure>"
         + paragraph(
             "Drag to move; the wheel, + and - zoom; arrow keys move. Where nothing was read at full resolution, what is "
             "shown comes from a coarser level.",
@@ -99,9 +99,7 @@ def _viewer(seen: Mapping[str, Any]) -> str:
 def _overlay(rows: Sequence[Sequence[float]]) -> str:
     """The attention as a transparent picture, one pixel a position; half as strong is a quarter of the attention."""
     top = max(map(max, rows)) or 1.0
-    lines = [
-        b"".join(bytes([*OVERLAY, round(200 * (max(value, 0.0) / top) ** 0.5)]) for value in row) for row in rows
-    ]
+    lines = [b"".join(bytes([*OVERLAY, round(200 * (max(value, 0.0) / top) ** 0.5)]) for value in row) for row in rows]
     return f"data:image/png;base64,{b64encode(png(lines, len(rows[0]), channels=4)).decode()}"
 
 
@@ -138,4 +136,3 @@ def _method(seen: Mapping[str, Any]) -> Section:
         "looked, not why it decided as it did. The patches' places are in patches.geojson beside this page."
     )
     return Section("How to read this", paragraph(text) + table("What was looked at", ["what", "value"], rows))
-
