@@ -79,18 +79,18 @@ def _viewer(seen: Mapping[str, Any]) -> str:
         place = " ".join(f'{name}="{patch[name]}"' for name in ("x", "y", "width", "height"))
         title = f"patch {i + 1}, weight {percent(patch['weight'])}"
         outlines.append(f'<rect class="patch" data-number="{i}" {place}><title>{escape(title)}</title></rect>')
-    description = f"{seen['image']}, {width} x {height} pixels, with the patches that were read"
+    alt = escape(f"{seen['image']}, {width} x {height} pixels, with the patches that were read")
     return (
         '<figure class="look"><div class="tools" role="group" aria-label="view">'
         '<button type="button" data-do="in">zoom in</button><button type="button" data-do="out">zoom out</button>'
         '<button type="button" data-do="all">whole image</button>'
         '<label><input type="checkbox" data-show="attention" checked> attention</label>'
         '<label><input type="checkbox" data-show="patch" checked> patches</label></div>'
-        f'<svg class="viewer" tabindex="0" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
+        f'<svg class="viewer" tabindex="0" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
         f"{''.join(tiles)}{overlay}<g>{''.join(outlines)}</g></svg></figure>"
         + paragraph(
-            "Drag to move; the wheel, + and - zoom; arrow keys move. Where nothing was read at full resolution, what is "
-            "shown comes from a coarser level.",
+            "Drag to move; the wheel, + and - zoom; arrow keys move. Where nothing was read at full resolution, what "
+            "is shown comes from a coarser level.",
             "note",
         )
     )
@@ -113,10 +113,8 @@ def _patches(seen: Mapping[str, Any]) -> str:
         if scale:
             where += f" ({number(patch['y'] * scale[0] / 1000)}, {number(patch['x'] * scale[1] / 1000)} mm)"
         words, picture = f"{percent(patch['weight'])}; {where}", patch["picture"]
-        items.append(
-            f'<li><button type="button" data-patch="{i}"><img class="heat" alt="patch {i + 1}" src="{picture}"></button>'
-            f"{escape(words)}</li>"
-        )
+        shown = f'<img class="heat" alt="patch {i + 1}" src="{picture}">'
+        items.append(f'<li><button type="button" data-patch="{i}">{shown}</button>{escape(words)}</li>')
     return f'<ul class="patches">{"".join(items)}</ul>' + paragraph(
         "A patch's weight is its share in the estimate of the features. Press one to find it in the image.", "note"
     )

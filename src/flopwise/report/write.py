@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from flopwise.report import (
+    attention,
     clustered,
     clustered_sections,
     importance,
@@ -24,6 +25,7 @@ PROBLEM = {
 }
 SECTIONS = {
     "importance": importance_sections.sections,
+    "attention": attention.sections,
     "linear": linear.sections,
     "clustered": clustered_sections.sections,
     "tune": tuned_sections.sections,
