@@ -73,6 +73,8 @@ def run_all(runs: Iterable[Run], train: Train, folder: Path, *, title: str) -> l
                     records.add(waiting[index], record)
                     (folder / "checkpoints" / f"{waiting[index].name}.pt").unlink(missing_ok=True)
                     progress.update(task, runs=f"{count} of {len(waiting)} runs")
+            pool.close()  # workers that end by themselves tidy up; those that are terminated leave semaphores
+            pool.join()
         finally:
             pool.terminate()
             pool.join()
