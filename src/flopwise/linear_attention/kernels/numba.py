@@ -1,5 +1,8 @@
 """Linear attention compiled by numba: CPU only, the extra `cpu`. Computes in float32; the loops are in `numba_loops.py`."""
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -12,6 +15,7 @@ from torch import Tensor
 from flopwise.linear_attention.kernels.torch import Gradients, Result
 
 AVAILABLE = find_spec("numba") is not None
+LARGE = 2**23  # bytes
 
 
 def obstacle(query: Tensor) -> str:
@@ -38,8 +42,8 @@ def forward(
     use_elu: bool,
 ) -> Result:
     """`kernels.torch.forward`."""
-    out, denominator = memory.new_empty(*query.shape[:3], value.shape[3]), memory.new_empty(query.shape[:3])
-    last = memory.new_empty(memory.shape), normaliser.new_empty(normaliser.shape)
+    out, denominator = _empty(*query.shape[:3], value.shape[3]), _empty(*query.shape[:3])
+    last = _empty(*memory.shape), _empty(*normaliser.shape)
     inputs = _inputs(query, key, value, memory, normaliser, decay, cu_seqlens, use_elu)
     packed = cu_seqlens is not None
     _run("forward", causal, memory, *inputs, _flat(out, packed), _flat(denominator, packed), *last)
@@ -63,13 +67,26 @@ def backward(
     use_elu: bool,
 ) -> Gradients:
     """`kernels.torch.backward`."""
-    grads = [x.new_empty(x.shape, dtype=memory.dtype) for x in (query, key, value, memory, normaliser)]
+    grads = [_empty(*x.shape) for x in (query, key, value, memory, normaliser)]
     inputs = _inputs(query, key, value, memory, normaliser, decay, cu_seqlens, use_elu)
     packed = cu_seqlens is not None
     results = _flat(result.out, packed), _flat(result.denominator, packed), result.memory, result.normaliser
     upstream = _flat(grad_out, packed), grad_memory, grad_normaliser
     _run("backward", causal, memory, *inputs, *results, *upstream, *(_flat(x, packed) for x in grads[:3]), *grads[3:])
     return Gradients(*(x.to(like.dtype) for x, like in zip(grads, (query, key, value, memory, normaliser), strict=True)))
+
+
+def _empty(*shape: int) -> Tensor:
+    """Uninitialised float32 memory; if it is large, on large pages where Linux has them.
+
+    Otherwise the first write to each 4096 bytes of fresh memory is a page fault, and those cost as much as a third of
+    the time that the kernels take.
+    """
+    x = torch.empty(shape, dtype=torch.float32)
+    if sys.platform == "linux" and x.nbytes >= LARGE:
+        first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # a hint: whether it is taken does not matter
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(x.nbytes - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)
+    return x
 
 
 def _inputs(
@@ -103,8 +120,12 @@ def _flat(x: Tensor, packed: bool) -> tuple[Tensor, int, int, int]:
     if x.ndim == 4 and x.stride(3) != 1:
         x = x.contiguous()
     text, head, position = x.stride()[:3]
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    return x.as_strided((extent,), (1,)), 0 if packed else text, head, position
+    if x.is_contiguous():
+        numbers = x.view(-1)
+    else:
+        extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+        numbers = x.as_strided((extent if x.numel() else 0,), (1,))
+    return numbers, 0 if packed else text, head, position
 
 
 def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:

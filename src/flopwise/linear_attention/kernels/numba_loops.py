@@ -30,8 +30,6 @@ from flopwise.linear_attention.kernels.numba_vectors import (
 
 CHUNK = 16  # positions, a multiple of LANES and TILE; 32 costs more within a chunk than it saves across
 
-AHEAD = CHUNK  # positions that are fetched before they are needed
-
 # Reassociation and contraction make loops vectorise; not "nnan" and "ninf": nan must show.
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 exactly = njit(nogil=True, cache=True, error_model="numpy")
@@ -102,12 +100,12 @@ def transpose(x, out):
 
 @exactly
 @no_type_check
-def load(x, at, stride, count, width, out):
-    """A chunk's rows x[at + i stride : ... + width] into out (CHUNK, padded width)."""
+def load(x, at, stride, count, width, out, ahead):
+    """A chunk's rows x[at + i stride : ... + width] into out (CHUNK, padded width); those `ahead` are needed next."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
-            prefetch(x, at + (i + AHEAD) * stride + e)
+            prefetch(x, at + (i + ahead) * stride + e)
             scale_vector(np.float32(1), x, at + i * stride + e, out, i * out.shape[1] + e)
         for e in range(whole, width):
             out[i, e] = x[at + i * stride + e]
@@ -118,15 +116,15 @@ def load(x, at, stride, count, width, out):
 
 @exactly
 @no_type_check
-def load_features(x, at, stride, count, width, out, use_elu):
+def load_features(x, at, stride, count, width, out, ahead, use_elu):
     """phi of a chunk's rows; what is padded has features 0."""
     if not use_elu:
-        load(x, at, stride, count, width, out)
+        load(x, at, stride, count, width, out, ahead)
         return
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
-            prefetch(x, at + (i + AHEAD) * stride + e)
+            prefetch(x, at + (i + ahead) * stride + e)
             elu_vector(x, at + i * stride + e, out, i * out.shape[1] + e)
         if whole < width:
             for e in range(whole, whole + LANES):
@@ -282,9 +280,9 @@ def write_output(product, total, out, denominator, text, head, first, count, val
 
 @compiled
 @no_type_check
-def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse):
+def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse, ahead):
     """g = grad / denominator, of a chunk."""
-    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, g)
+    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, g, ahead)
     inverse[:] = 0
     at = place(denominator, text, head, first)
     for i in range(count):
@@ -346,11 +344,11 @@ def causal_forward(
             powers_of(decay[text, group], powers, past)
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             transpose(k, k_t)
             for head in heads_of(group, query):
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                 similarities(attention, q, k_t)
                 multiply(attention, past)
                 if decays:
@@ -407,13 +405,13 @@ def causal_backward(
         z[0, :width] = normaliser[text, group]
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             transpose(v, v_t)
             for head in heads_of(group, query):
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, y)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
                 total[:] = 0
                 add_dots(g, y, M, partial, partial_t, total)
                 for i in range(CHUNK):
@@ -431,7 +429,7 @@ def causal_backward(
                 add_outer(total[0], z, grad_e)
                 add_product_past(grad_e, grad_attention, k, True)
                 if use_elu:
-                    load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
+                    load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                     through_elu(grad_e, q)
                 store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width)
             if decays:
@@ -446,8 +444,8 @@ def causal_backward(
         for chunk in range((end - begin - 1) // CHUNK, -1, -1):
             first = begin + chunk * CHUNK
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, -CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, -CHUNK)
             transpose(k, k_t)
             transpose(v, v_t)
             if decays:
@@ -464,8 +462,8 @@ def causal_backward(
                 shrink(z, powers[0, count])
             for head in heads_of(group, query):
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, -CHUNK, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, -CHUNK)
                 similarities(attention, q, k_t)
                 multiply(attention, past)
                 similarities(grad_attention, g, v_t)
@@ -503,14 +501,14 @@ def full_forward(
         z[0, :width] = normaliser[text, group]
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             add_transposed_product(S, k, v, True)
             add_rows(k, z)
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                 add_product(product, q, S, False)
                 total[:] = 0
                 add_dots(q, z, 0, partial, partial_t, total)
@@ -544,9 +542,9 @@ def full_backward(
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, y)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
                 total[:] = 0
                 add_dots(g, y, M, partial, partial_t, total)
                 shrink(total, np.float32(-1))  # the share of the denominator
@@ -560,8 +558,8 @@ def full_backward(
         transpose(R, R_t)
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             add_product(grad_e, v, R_t, False)
             add_outer(ones, r, grad_e)
             add_product(grad_m, k, R, False)

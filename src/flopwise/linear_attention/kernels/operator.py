@@ -165,4 +165,5 @@ def _grad_decay(
 
 def _no_autocast(query: Tensor) -> contextlib.AbstractContextManager:
     """Autocast has chosen the inputs' dtype; what is computed from them is not its to lower."""
-    return torch.autocast(query.device.type, enabled=False)
+    device = query.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
