@@ -22,7 +22,6 @@ from flopwise.linear_attention.kernels.numba_vectors import (
     one_vector,
     prefetch,
     scale_vector,
-    tall,
     through_elu_vector,
     transpose_block,
     two_vectors,
@@ -41,24 +40,12 @@ def add_product(out, a, b, add):
     """out = a @ b, plus out if `add`."""
     inner, columns = b.shape
     for m in range(0, columns, 2 * LANES):
-        for i in range(0, len(out), TILE):
-            if m + LANES < columns:
+        if m + LANES < columns:
+            for i in range(0, len(out), TILE):
                 two_vectors(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
-            else:
+        else:
+            for i in range(0, len(out), 2 * TILE):
                 one_vector(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
-
-
-@compiled
-@no_type_check
-def add_product_past(out, a, b, add):
-    """out = a @ b for a lower triangular `a` (CHUNK, CHUNK)."""
-    columns = b.shape[1]
-    for m in range(0, columns, 2 * LANES):
-        for i in range(0, CHUNK, TILE):
-            if m + LANES < columns:
-                two_vectors(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, i * columns + m, columns, add)
-            else:
-                one_vector(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, i * columns + m, columns, add)
 
 
 @compiled
@@ -67,25 +54,44 @@ def add_transposed_product(out, a, b, add):
     """out = a^T @ b."""
     rows, columns = out.shape
     for m in range(0, columns, 2 * LANES):
-        for i in range(0, rows, TILE):
-            if m + LANES < columns:
+        if m + LANES < columns:
+            for i in range(0, rows, TILE):
                 two_vectors(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
-            else:
+        else:
+            for i in range(0, rows, 2 * TILE):
                 one_vector(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
 
 
 @compiled
 @no_type_check
-def add_transposed_product_future(out, a, b, add):
-    """out = a^T @ b for a lower triangular `a` (CHUNK, CHUNK)."""
+def add_product_past(out, a, b):
+    """out += a @ b for a lower triangular `a` (CHUNK, CHUNK)."""
     columns = b.shape[1]
     for m in range(0, columns, 2 * LANES):
-        for i in range(0, CHUNK, TILE):
-            at, left = i * CHUNK + i, CHUNK - i
-            if m + LANES < columns:
-                two_vectors(a, at, 1, CHUNK, b, i * columns + m, columns, left, out, i * columns + m, columns, add)
-            else:
-                one_vector(a, at, 1, CHUNK, b, i * columns + m, columns, left, out, i * columns + m, columns, add)
+        if m + LANES < columns:
+            for i in range(0, CHUNK, TILE):
+                at = i * columns + m
+                two_vectors(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, at, columns, True)
+        else:
+            for i in range(0, CHUNK, 2 * TILE):
+                at = i * columns + m
+                one_vector(a, i * CHUNK, CHUNK, 1, b, m, columns, i + 2 * TILE, out, at, columns, True)
+
+
+@compiled
+@no_type_check
+def add_product_future(out, a, b):
+    """out += a^T @ b for a lower triangular `a` (CHUNK, CHUNK)."""
+    columns = b.shape[1]
+    for m in range(0, columns, 2 * LANES):
+        if m + LANES < columns:
+            for i in range(0, CHUNK, TILE):
+                at = i * columns + m
+                two_vectors(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
+        else:
+            for i in range(0, CHUNK, 2 * TILE):
+                at = i * columns + m
+                one_vector(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
 
 
 @compiled
@@ -147,8 +153,8 @@ def matrix(rows, columns):
 @compiled
 @no_type_check
 def padded(width):
-    """The next multiple of a vector."""
-    return -(-width // LANES) * LANES
+    """The next multiple of CHUNK, and so of LANES and 2 TILE."""
+    return -(-width // CHUNK) * CHUNK
 
 
 @compiled
@@ -250,16 +256,6 @@ def add_rows(x, out):
 
 @compiled
 @no_type_check
-def similarities(out, a, b_t):
-    """out = a @ b_t, both of one chunk."""
-    inner = len(b_t)
-    for m in range(0, CHUNK, LANES):
-        for i in range(0, CHUNK, 2 * TILE):
-            tall(a, i * inner, inner, 1, b_t, m, CHUNK, inner, out, i * CHUNK + m, CHUNK, False)
-
-
-@compiled
-@no_type_check
 def invert(x):
     """1 / x, and 0 for 0, in place."""
     for i in range(CHUNK):
@@ -349,12 +345,12 @@ def causal_forward(
             transpose(k, k_t)
             for head in heads_of(group, query):
                 load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
-                similarities(attention, q, k_t)
+                add_product(attention, q, k_t, False)
                 multiply(attention, past)
                 if decays:
                     weigh(q, powers, 1, 1, count, q_scaled)
                 add_product(product, q_scaled, S, False)
-                add_product_past(product, attention, v, True)
+                add_product_past(product, attention, v)
                 total[:] = 0
                 add_dots(q_scaled, z, 0, partial, partial_t, total)
                 add_dots(attention, ones, 0, partial, partial_t, total)
@@ -386,10 +382,13 @@ def causal_backward(
     g, v, v_t, y = matrix(CHUNK, M), matrix(CHUNK, M), matrix(M, CHUNK), matrix(CHUNK, M)
     q_scaled, k_scaled = (matrix(CHUNK, E), matrix(CHUNK, E)) if decays else (q, k)
     g_scaled, v_scaled = (matrix(CHUNK, M), matrix(CHUNK, M)) if decays else (g, v)
+    v_t_scaled = matrix(M, CHUNK) if decays else v_t
     attention, grad_attention = matrix(CHUNK, CHUNK), matrix(CHUNK, CHUNK)
     past, powers = matrix(CHUNK, CHUNK), matrix(1, CHUNK + 1)
-    grad_e, grad_m, state, state_t = matrix(CHUNK, E), matrix(CHUNK, M), matrix(E, M), matrix(M, E)
-    z, inverse, ones, weights = matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK), np.ones(CHUNK, np.float32)
+    grad_e, grad_t, grad_m = matrix(CHUNK, E), matrix(E, CHUNK), matrix(CHUNK, M)
+    state, state_t = matrix(E, M), matrix(M, E)
+    z, r, inverse, ones = matrix(1, E), matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK)
+    weights = np.ones(CHUNK, np.float32)
     partial, partial_t, total = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK)
     shares = np.zeros((query[4], (bounds[:, 1] - bounds[:, 0]).max() + CHUNK), np.float32)
     ones[:] = 1
@@ -416,7 +415,7 @@ def causal_backward(
                 add_dots(g, y, M, partial, partial_t, total)
                 for i in range(CHUNK):
                     share[i] = -total[0, i]
-                similarities(grad_attention, g, v_t)
+                add_product(grad_attention, g, v_t, False)
                 add_outer(share, ones, grad_attention)
                 multiply(grad_attention, past)
                 if decays:
@@ -427,7 +426,7 @@ def causal_backward(
                     total[0, i] = share[i] * weights[i]
                 add_product(grad_e, g_scaled, state_t, False)
                 add_outer(total[0], z, grad_e)
-                add_product_past(grad_e, grad_attention, k, True)
+                add_product_past(grad_e, grad_attention, k)
                 if use_elu:
                     load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                     through_elu(grad_e, q)
@@ -451,12 +450,13 @@ def causal_backward(
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
                 weigh(v, powers, count - 1, -1, count, v_scaled)
+                transpose(v_scaled, v_t_scaled)
                 for j in range(CHUNK):
                     weights[j] = powers[0, max(count - 1 - j, 0)]
-            transpose(state, state_t)
-            add_product(grad_e, v_scaled, state_t, False)
-            add_outer(weights, z, grad_e)
+            # d phi(k)^T = R v^T and not d phi(k) = v R^T, which would take R^T from the cache as well
+            add_product(grad_t, state, v_t_scaled, False)
             add_product(grad_m, k_scaled, state, False)
+            r[:] = z
             if decays:
                 shrink(state, powers[0, count])
                 shrink(z, powers[0, count])
@@ -464,17 +464,19 @@ def causal_backward(
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
                 load_features(query[0], place(query, text, head, first), query[3], count, width, q, -CHUNK, use_elu)
                 read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, -CHUNK)
-                similarities(attention, q, k_t)
+                add_product(attention, q, k_t, False)
                 multiply(attention, past)
-                similarities(grad_attention, g, v_t)
+                add_product(grad_attention, g, v_t, False)
                 add_outer(share, ones, grad_attention)
                 multiply(grad_attention, past)
-                add_transposed_product_future(grad_e, grad_attention, q, True)
-                add_transposed_product_future(grad_m, attention, g, True)
+                add_transposed_product(grad_t, q, grad_attention, True)
+                add_product_future(grad_m, attention, g)
                 if decays:
                     weigh(q, powers, 1, 1, count, q_scaled)
                 add_transposed_product(state, q_scaled, g, True)
                 add_weighted_rows(share, q_scaled, z)
+            transpose(grad_t, grad_e)
+            add_outer(weights, r, grad_e)
             if use_elu:
                 through_elu(grad_e, k)
             store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)

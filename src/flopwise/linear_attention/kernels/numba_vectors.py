@@ -109,7 +109,7 @@ def _tile(rows: int, vectors: int) -> Callable[..., None]:
     return product
 
 
-one_vector, two_vectors, tall = _tile(TILE, 1), _tile(TILE, 2), _tile(2 * TILE, 1)
+one_vector, two_vectors = _tile(2 * TILE, 1), _tile(TILE, 2)
 
 
 # 2^f for |f| <= 1/2, relative error 9e-8
