@@ -104,28 +104,26 @@ def _inputs(
     if packed:
         bounds = key_bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1).long()
     else:
-        bounds, key_bounds = (torch.tensor([[0, x.shape[2]]]).expand(len(x), 2) for x in (query, key))
+        bounds, key_bounds = (torch.tensor([[0, x.shape[2]]] * len(x)) for x in (query, key))
     heads = query.shape[1] // key.shape[1]
     rates = memory.new_empty(0, 0) if decay is None else decay.expand(memory.shape[:2])
     tensors = (*_flat(query, packed), heads), _flat(key, packed), _flat(value, packed)
     return bounds, key_bounds, *tensors, rates, memory, normaliser, use_elu
 
 
-def _flat(x: Tensor, packed: bool) -> tuple[Tensor, int, int, int]:
+def _flat(x: Tensor, packed: bool) -> tuple[Any, int, int, int]:
     """The numbers of a tensor as one row, with the strides of text, head and position: nothing is copied.
 
     Only a last dimension that is not contiguous is, and what is not float32. Packed texts share the first dimension.
     """
-    x = x.float()
+    x = x.detach().float()
     if x.ndim == 4 and x.stride(3) != 1:
         x = x.contiguous()
     text, head, position = x.stride()[:3]
-    if x.is_contiguous():
-        numbers = x.view(-1)
-    else:
+    if not x.is_contiguous():
         extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-        numbers = x.as_strided((extent if x.numel() else 0,), (1,))
-    return numbers, 0 if packed else text, head, position
+        x = x.as_strided((extent if x.numel() else 0,), (1,))
+    return x.numpy().reshape(-1), 0 if packed else text, head, position
 
 
 def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:
@@ -137,7 +135,7 @@ def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:
     from flopwise.linear_attention.kernels import numba_loops
 
     loop: Callable[..., None] = getattr(numba_loops, f"{'causal' if causal else 'full'}_{direction}")
-    arrays = [_array(x) for x in arguments]
+    arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     rows = memory.shape[0] * memory.shape[1]
     threads = min(torch.get_num_threads(), rows)
     if threads <= 1:
@@ -146,9 +144,3 @@ def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:
     bounds = [rows * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda i: loop(bounds[i], bounds[i + 1], *arrays), range(threads)))
-
-
-def _array(x: Any) -> Any:
-    if isinstance(x, tuple):
-        return tuple(map(_array, x))
-    return x.detach().contiguous().numpy() if isinstance(x, Tensor) else x

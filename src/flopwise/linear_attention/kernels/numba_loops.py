@@ -216,6 +216,24 @@ def store(x, out, at, stride, count, width):
 
 @compiled
 @no_type_check
+def load_state(memory, text, group, state):
+    """memory[text, group], padded."""
+    _, groups, width, value_width = memory.shape
+    at = (text * groups + group) * width * value_width
+    load(memory.reshape(-1), at, value_width, width, value_width, state, 0)
+
+
+@compiled
+@no_type_check
+def store_state(state, memory, text, group):
+    """The reverse of `load_state`."""
+    _, groups, width, value_width = memory.shape
+    at = (text * groups + group) * width * value_width
+    store(state, memory.reshape(-1), at, value_width, width, value_width)
+
+
+@compiled
+@no_type_check
 def scale_rows(x, factors):
     """x[i] *= factors[i]."""
     columns = x.shape[1]
@@ -334,7 +352,7 @@ def causal_forward(
     for row in range(start, stop):
         text, group = row // groups, row % groups
         begin, end = bounds[text, 0], bounds[text, 1]
-        S[:width, :value_width] = memory[text, group]
+        load_state(memory, text, group, S)
         z[0, :width] = normaliser[text, group]
         if decays:
             powers_of(decay[text, group], powers, past)
@@ -361,7 +379,7 @@ def causal_forward(
                 shrink(z, powers[0, count])
             add_transposed_product(S, k_scaled, v, True)
             add_rows(k_scaled, z)
-        last_memory[text, group] = S[:width, :value_width]
+        store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
 
 
@@ -399,7 +417,7 @@ def causal_backward(
         if decays:
             powers_of(decay[text, group], powers, past)
 
-        state[:width, :value_width] = memory[text, group]
+        load_state(memory, text, group, state)
         transpose(state, state_t)  # S^T
         z[0, :width] = normaliser[text, group]
         for first in range(begin, end, CHUNK):
@@ -438,7 +456,7 @@ def causal_backward(
             add_transposed_product(state_t, v, k_scaled, True)
             add_rows(k_scaled, z)
 
-        state[:width, :value_width] = grad_last_memory[text, group]  # R
+        load_state(grad_last_memory, text, group, state)  # R
         z[0, :width] = grad_last_normaliser[text, group]
         for chunk in range((end - begin - 1) // CHUNK, -1, -1):
             first = begin + chunk * CHUNK
@@ -481,7 +499,7 @@ def causal_backward(
                 through_elu(grad_e, k)
             store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)
             store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
-        grad_memory[text, group] = state[:width, :value_width]
+        store_state(state, grad_memory, text, group)
         grad_normaliser[text, group] = z[0, :width]
 
 
@@ -499,7 +517,7 @@ def full_forward(
     partial, partial_t = matrix(CHUNK, LANES), matrix(LANES, CHUNK)
     for row in range(start, stop):
         text, group = row // groups, row % groups
-        S[:width, :value_width] = memory[text, group]
+        load_state(memory, text, group, S)
         z[0, :width] = normaliser[text, group]
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
@@ -515,7 +533,7 @@ def full_forward(
                 total[:] = 0
                 add_dots(q, z, 0, partial, partial_t, total)
                 write_output(product, total, out, denominator, text, head, first, count, value_width)
-        last_memory[text, group] = S[:width, :value_width]
+        store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
 
 
@@ -536,9 +554,9 @@ def full_backward(
     partial, partial_t, ones = matrix(CHUNK, LANES), matrix(LANES, CHUNK), np.ones(CHUNK, np.float32)
     for row in range(start, stop):
         text, group = row // groups, row % groups
-        S[:width, :value_width] = last_memory[text, group]
+        load_state(last_memory, text, group, S)
         z[0, :width] = last_normaliser[text, group]
-        R[:width, :value_width] = grad_last_memory[text, group]
+        load_state(grad_last_memory, text, group, R)
         r[0, :width] = grad_last_normaliser[text, group]
         transpose(S, S_t)
         for head in heads_of(group, query):
@@ -569,5 +587,5 @@ def full_backward(
                 through_elu(grad_e, k)
             store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)
             store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
-        grad_memory[text, group] = R[:width, :value_width]
+        store_state(R, grad_memory, text, group)
         grad_normaliser[text, group] = r[0, :width]
