@@ -79,13 +79,21 @@ RATES = (0.002, 0.004, 0.008)
 
 
 def compare(folder: Path, flops: float = SHIPPED["digits"].flops, methods: tuple[Method, ...] = METHODS) -> None:
-    """Digits: every method with the same FLOPs, at the best of `RATES` for it; records in `folder`/records.jsonl."""
+    """Digits: every method with the same FLOPs, at its own best rate; records in `folder`/records.jsonl.
+
+    A rate is tried with `TUNING` of the budget, and while the best is on the edge of the grid, the grid grows there.
+    """
     for method in methods:
-        grid = [Run("digits", method, rate, TUNING * flops, kind="tune") for rate in RATES]
-        records = run_all(grid, train, folder, title=f"tuning {method}")
-        bits = [math.inf if record["bits_per_dim"] is None else record["bits_per_dim"] for record in records]
-        best = replace(grid[bits.index(min(bits))], flops=flops, kind="run")
-        run_all([best], train, folder, title=f"training {method}")
+        rates = sorted(RATES)
+        while True:
+            grid = [Run("digits", method, rate, TUNING * flops, kind="tune") for rate in rates]
+            records = run_all(grid, train, folder, title=f"tuning {method}")
+            bits = [math.inf if record["bits_per_dim"] is None else record["bits_per_dim"] for record in records]
+            best = bits.index(min(bits))
+            if 0 < best < len(rates) - 1:
+                break
+            rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+        run_all([replace(grid[best], flops=flops, kind="run")], train, folder, title=f"training {method}")
 
 
 def build(task: Task, method: Method, seed: int = 0) -> LinearCausalLM:
