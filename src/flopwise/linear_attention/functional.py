@@ -42,7 +42,7 @@ def linear_attention(
     decay: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state: LinearState | None = None,
-    return_state: bool,
+    return_state: Literal[True],
     backend: Backend = "auto",
 ) -> tuple[Tensor, LinearState]: ...
 def linear_attention(
@@ -87,7 +87,7 @@ def linear_attention(
         ValueError: shapes, masks or settings do not fit together.
         RuntimeError: `backend` cannot run here.
 
-    Source: Katharopoulos, Vyas, Pappas & Fleuret, ICML 2020, sections 3.2 and 3.3. The decay is that of Sun et al. 2023.
+    Source: Katharopoulos, Vyas, Pappas & Fleuret, ICML 2020, sections 3.2 and 3.3. Decay: Sun et al. 2023.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)

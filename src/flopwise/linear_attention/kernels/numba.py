@@ -1,4 +1,4 @@
-"""Linear attention compiled by numba: CPU only, the extra `cpu`. Computes in float32; the loops are in `numba_loops.py`."""
+"""Linear attention compiled by numba: CPU only, float32, the extra `cpu`. The loops are in `numba_loops.py`."""
 
 import ctypes
 import mmap
@@ -15,6 +15,7 @@ from torch import Tensor
 from flopwise.linear_attention.kernels.torch import Gradients, Result
 
 AVAILABLE = find_spec("numba") is not None
+CHUNK = 16  # positions, what every kind of vector and tile divides; 32 costs more within a chunk than it saves across
 LARGE = 2**23  # bytes
 
 
@@ -73,7 +74,9 @@ def backward(
     results = _flat(result.out, packed), _flat(result.denominator, packed), result.memory, result.normaliser
     upstream = _flat(grad_out, packed), grad_memory, grad_normaliser
     _run("backward", causal, memory, *inputs, *results, *upstream, *(_flat(x, packed) for x in grads[:3]), *grads[3:])
-    return Gradients(*(x.to(like.dtype) for x, like in zip(grads, (query, key, value, memory, normaliser), strict=True)))
+    return Gradients(
+        *(x.to(like.dtype) for x, like in zip(grads, (query, key, value, memory, normaliser), strict=True))
+    )
 
 
 def _empty(*shape: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
+from flopwise.linear_attention.kernels.numba import CHUNK
 from flopwise.linear_attention.kernels.numba_vectors import (
     LANES,
     TILE,
@@ -26,8 +27,6 @@ from flopwise.linear_attention.kernels.numba_vectors import (
     transpose_block,
     two_vectors,
 )
-
-CHUNK = 16  # positions, a multiple of LANES and TILE; 32 costs more within a chunk than it saves across
 
 # Reassociation and contraction make loops vectorise; not "nnan" and "ninf": nan must show.
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})

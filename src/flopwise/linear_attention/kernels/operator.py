@@ -40,9 +40,8 @@ def attend(
 
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, memory: Tensor, normaliser: Tensor, *_: object) -> Result:
-    batch, heads, length, _ = query.shape
-    out = query.new_empty(batch, heads, length, value.shape[3])
-    denominator = memory.new_empty(batch, heads, length)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    denominator = memory.new_empty(query.shape[:3])
     return Result(out, denominator, memory.new_empty(memory.shape), normaliser.new_empty(normaliser.shape))
 
 
@@ -100,7 +99,7 @@ attend.register_autograd(_backward, setup_context=_save)
 
 
 def _save_for_second(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.causal, ctx.use_elu, _backend = inputs
+    *tensors, ctx.causal, ctx.use_elu, _ = inputs
     ctx.save_for_backward(*tensors[:10])
 
 
@@ -109,16 +108,15 @@ def _second_backward(ctx: Any, *grads: Tensor) -> tuple:
 
     `out`, `denominator` and the last state are functions of the inputs: what flows through them is in those gradients.
     """
-    given = [
-        x if x is None or x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
-        for x in ctx.saved_tensors
-    ]
-    outputs, inputs, (decay, cu_seqlens) = given[:3], given[3:8], given[8:]
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    given: list[Any] = [x if x is None or x.requires_grad else x.detach().requires_grad_(x.is_floating_point()) for x in saved]
+    upstream, (query, key, value, memory, normaliser), (decay, cu_seqlens) = given[:3], given[3:8], given[8:]
+    inputs = query, key, value, memory, normaliser
+    settings = {"causal": ctx.causal, "use_elu": ctx.use_elu}
     with torch.enable_grad():
-        result = torch_kernels.forward(*inputs, decay, cu_seqlens, causal=ctx.causal, use_elu=ctx.use_elu)
-        first = torch.autograd.grad(
-            (result.out, result.memory, result.normaliser), inputs, outputs, create_graph=True, materialize_grads=True
-        )
+        result = torch_kernels.forward(query, key, value, memory, normaliser, decay, cu_seqlens, **settings)
+        outputs = result.out, result.memory, result.normaliser
+        first = torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True)
     wanted = [x for x in given[:9] if x is not None]
     more = torch.is_grad_enabled()
     second = iter(torch.autograd.grad(first, wanted, grads, create_graph=more, allow_unused=True))
@@ -128,8 +126,58 @@ def _second_backward(ctx: Any, *grads: Tensor) -> tuple:
 attend_backward.register_autograd(_second_backward, setup_context=_save_for_second)
 
 
+def _fold_into_batch(operator: Any, cu_seqlens_at: int) -> None:
+    """`vmap` is one more batch dimension; texts packed into one batch are taken one after the other."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size, cu_seqlens = info.batch_size, arguments[cu_seqlens_at]
+        every = [
+            x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(arguments, in_dims, strict=True)
+        ]
+        if cu_seqlens is None:
+            folded = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in every)
+            results = [x.unflatten(0, (size, -1)) for x in operator(*folded)]
+        else:
+            each = [operator(*(x[i] if isinstance(x, Tensor) else x for x in every)) for i in range(size)]
+            results = [torch.stack(x) for x in zip(*each, strict=True)]
+        return tuple(results), (0,) * len(results)
+
+    operator.register_vmap(rule)
+
+
+_fold_into_batch(attend, 6)
+_fold_into_batch(attend_backward, 9)
+
+
+@register_flop_formula(torch.ops.flopwise.linear_attention)
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *arguments: Any, **_: Any) -> int:
+    """Keys into the state and queries out of it; causal, also q k^T and its product with v within a chunk."""
+    *_states, causal, _use_elu, backend = arguments
+    across, within = _products(query, key, value, causal, backend)
+    return sum(across) + within
+
+
+@register_flop_formula(torch.ops.flopwise.linear_attention_backward)
+def _backward_flops(*arguments: Any, **_: Any) -> int:
+    """The gradients of q, k and v, one product each, R, and S once more if causal; within a chunk six products."""
+    _, _, _, query, key, value, *_states, causal, _use_elu, backend = arguments
+    (of_keys, of_queries), within = _products(query, key, value, causal, backend)
+    return (3 if causal else 2) * of_keys + 2 * of_queries + 3 * within
+
+
+def _products(
+    query: torch.Size, key: torch.Size, value: torch.Size, causal: bool, backend: str
+) -> tuple[tuple[int, int], int]:
+    """FLOPs of one product of every key, of every query, with a state, and of the two products within chunks."""
+    (batch, heads, length, width), (_, groups, source_length, value_width) = query, value
+    chunk = min(KERNELS[backend].CHUNK, length) if causal else 0
+    across = 2 * batch * groups * source_length * width * value_width, 2 * batch * heads * length * width * value_width
+    return across, 2 * batch * heads * length * chunk * (width + value_width)
+
+
 def _grad_decay(
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Any, ...],
     result: Result,
     grads: Gradients,
     grad_memory: Tensor,
