@@ -109,7 +109,8 @@ def _second_backward(ctx: Any, *grads: Tensor) -> tuple:
     `out`, `denominator` and the last state are functions of the inputs: what flows through them is in those gradients.
     """
     saved: tuple[Any, ...] = ctx.saved_tensors
-    given: list[Any] = [x if x is None or x.requires_grad else x.detach().requires_grad_(x.is_floating_point()) for x in saved]
+    with torch.enable_grad():  # views, so that what flows on from one input into another is left to the caller's graph
+        given: list[Any] = [x if x is None else _variable(x) for x in saved]
     upstream, (query, key, value, memory, normaliser), (decay, cu_seqlens) = given[:3], given[3:8], given[8:]
     inputs = query, key, value, memory, normaliser
     settings = {"causal": ctx.causal, "use_elu": ctx.use_elu}
@@ -121,6 +122,11 @@ def _second_backward(ctx: Any, *grads: Tensor) -> tuple:
     more = torch.is_grad_enabled()
     second = iter(torch.autograd.grad(first, wanted, grads, create_graph=more, allow_unused=True))
     return *(None if x is None else next(second) for x in given[:9]), *[None] * 8
+
+
+def _variable(x: Tensor) -> Tensor:
+    """x, to differentiate with respect to this use of it."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
 
 
 attend_backward.register_autograd(_second_backward, setup_context=_save_for_second)
@@ -177,38 +183,30 @@ def _products(
 
 
 def _grad_decay(
-    inputs: tuple[Any, ...],
-    result: Result,
-    grads: Gradients,
-    grad_memory: Tensor,
-    grad_normaliser: Tensor,
-    elu: bool,
+    inputs: tuple[Any, ...], result: Result, grads: Gradients, grad_memory: Tensor, grad_normaliser: Tensor, elu: bool
 ) -> Tensor:
     """The gradient of decay, (b, g), from what is known already.
 
-    A pair of positions has the weight decay^(i - j), and phi(q_i) . d phi(q_i) adds up the gradients of all pairs of i,
-    each times its value; likewise of j. With what involves the first and the last state,
+    Position j counts decay^(i - j) at i. phi(k_j) . d phi(k_j) adds up what all its pairs (i, j) do to the loss, and
+    likewise of i, where that is 0: the normalised output does not change when phi(q_i) is scaled. What is left, with
+    the pairs that involve the first and the last state, S = (S, z):
 
-        decay d decay = sum_i i (phi(q_i) . d phi(q_i) - phi(k_i) . d phi(k_i)) + S_0 . d S_0 + (n - 1) S_n . d S_n
+        decay d decay = S_0 . d S_0 + (n - 1) S_n . d S_n - sum_j j phi(k_j) . d phi(k_j)
+
+    The sum is much larger than the result, whose relative error is up to n decay / (1 - decay) roundings.
     """
-    query, key, _value, memory, normaliser, decay, cu_seqlens = inputs
-    if cu_seqlens is None:
-        position, last = torch.arange(query.shape[2], device=query.device), query.shape[2] - 1
-    else:
+    _query, key, _value, memory, normaliser, decay, cu_seqlens = inputs
+    position, last = torch.arange(key.shape[2], device=key.device), key.shape[2] - 1
+    if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
-        starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=query.shape[2])
-        position, last = torch.arange(query.shape[2], device=query.device) - starts, (lengths - 1)[:, None]
-
-    def of_positions(x: Tensor, grad: Tensor) -> Tensor:
-        """sum_i i phi(x_i) . d phi(x_i); with elu, d phi is the gradient of x over min(phi, 1)."""
-        x, grad = x.to(memory.dtype), grad.to(memory.dtype)
-        product = (torch.clamp(x + 1, min=1) if elu else x) * grad
-        return (product.sum(-1).double() * position).sum(-1).unflatten(1, (key.shape[1], -1)).sum(-1)
-
-    first = (memory * grads.memory).sum((-2, -1)) + (normaliser * grads.normaliser).sum(-1)
-    end = (result.memory * grad_memory).sum((-2, -1)) + (result.normaliser * grad_normaliser).sum(-1)
-    total = of_positions(query, grads.query) - of_positions(key, grads.key)
-    return ((total + (first + last * end).sum_to_size(total.shape)) / decay).to(decay.dtype)
+        position = position - cu_seqlens[:-1].repeat_interleave(lengths, output_size=key.shape[2])
+        last = (lengths - 1)[:, None]
+    # With elu, d phi is the gradient of x over phi' = min(phi, 1), and phi / phi' = max(x + 1, 1).
+    product = ((key + 1).clamp(min=1) if elu else key).double() * grads.key
+    of_keys = (product.sum(-1) * position).sum(-1)
+    first = (memory.double() * grads.memory).sum((-2, -1)) + (normaliser.double() * grads.normaliser).sum(-1)
+    end = (result.memory.double() * grad_memory).sum((-2, -1)) + (result.normaliser.double() * grad_normaliser).sum(-1)
+    return (((first + last * end).sum_to_size(decay.shape) - of_keys) / decay).to(decay.dtype)
 
 
 def _no_autocast(query: Tensor) -> contextlib.AbstractContextManager:
