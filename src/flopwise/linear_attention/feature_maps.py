@@ -118,7 +118,9 @@ class RandomFeatures(nn.Module):
         normal = torch.randn(-(-draws // width), width, width, generator=generator, device=device)
         if self.orthogonal:
             norm = torch.randn(normal.shape, generator=generator, device=device).norm(dim=-2, keepdim=True)
-            normal = torch.linalg.qr(normal).Q * norm
+            basis, triangle = torch.linalg.qr(normal)
+            # The signs make the basis uniform over all of them; those of the algorithm are not, and would be a bias.
+            normal = basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None] * norm
         self.omega.copy_(normal.transpose(0, 1).reshape(width, -1)[:, :draws])
 
     def project(self, x: Float[Tensor, "*s e"]) -> Float[Tensor, "*s draws"]:
