@@ -1,6 +1,8 @@
 """Both kernels, and the function in front of them, against the paper's two forms."""
 
 import inspect
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ CASES = {
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def settings_for(case, causal, masked, decays, generator):
+def settings_for(case, causal, masked, decays, generator) -> dict[str, Any]:
     batch, _, groups, _, source_length, *_ = case
     key_mask = None
     if masked:
@@ -59,9 +61,7 @@ def assert_as_good_as_eager(found, eager, exact, dtype, roundings=()):
 )
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_output_and_gradients_are_the_quadratic_forms(
-    backend, case, causal, masked, decays, dtype, inputs, generator
-):
+def test_output_and_gradients_are_the_quadratic_forms(backend, case, causal, masked, decays, dtype, inputs, generator):
     if backend == "numba" and dtype == torch.float64:
         pytest.skip("the numba kernels compute in float32")
     tensors = inputs(*case, dtype=dtype)
@@ -75,7 +75,8 @@ def test_output_and_gradients_are_the_quadratic_forms(
         return [linear_attention(query, key, value, backend=backend, **options)]
 
     def paper(query, key, value):
-        given = {n: o.to(query.dtype) if n == "decay" and o is not None else o for n, o in options.items()}
+        rate = None if options["decay"] is None else options["decay"].to(query.dtype)
+        given: dict[str, Any] = options | {"decay": rate}
         return [reference.quadratic(elu(query), elu(key), value, **given)]
 
     exact = output_and_gradients(paper, [t.double() for t in tensors], [weight.double()])
@@ -88,9 +89,7 @@ def test_output_and_gradients_are_the_quadratic_forms(
 @pytest.mark.parametrize("feature_map", ["elu", "identity"])
 @pytest.mark.parametrize("case", [CASES[x] for x in ("odd sizes", "grouped heads", "fewer queries", "fewer keys")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_states_and_their_gradients_are_the_recurrences(
-    backend, case, feature_map, decays, dtype, inputs, generator
-):
+def test_states_and_their_gradients_are_the_recurrences(backend, case, feature_map, decays, dtype, inputs, generator):
     if backend == "numba" and dtype == torch.float64:
         pytest.skip("the numba kernels compute in float32")
     batch, _, groups, _, _, width, value_width = case
@@ -148,7 +147,7 @@ def test_packed_texts_are_those_alone(backend, causal, inputs, generator):
     out, state = linear_attention(query, key, value, cu_seqlens=bounds, **options)
     alone = [
         linear_attention(*(x[:, :, start:stop] for x in (query, key, value)), **options)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in pairwise(bounds.tolist())
     ]
     expected = torch.cat([x for x, _ in alone], 2), *(torch.cat(x) for x in zip(*(s for _, s in alone), strict=True))
     torch.testing.assert_close((out, *state), expected, rtol=1e-5, atol=1e-5)
@@ -190,7 +189,7 @@ def test_second_derivatives_behind_the_numba_kernels(causal, inputs):
         first = torch.autograd.grad(
             linear_attention(*x, causal=causal, backend=backend).square().sum(), x, create_graph=True
         )
-        return [g.double() for g in torch.autograd.grad(sum(g.square().sum() for g in first), x)]
+        return [g.double() for g in torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), x)]
 
     torch.testing.assert_close(
         curvature(torch.float32, "numba"), curvature(torch.float64, "torch"), rtol=1e-3, atol=1e-4
@@ -248,12 +247,16 @@ def test_nan_and_infinity_show(backend, inputs):
 def test_a_text_in_two_parts_is_the_whole(seed, length, cut, decays, backend):
     generator, cut = torch.Generator().manual_seed(seed), min(cut, length)
     query, key, value = (torch.randn(1, 2, length, 5, generator=generator) for _ in range(3))
-    options = {"causal": True, "decay": torch.tensor([0.9, 0.6]) if decays else None, "return_state": True}
-    whole, last = linear_attention(query, key, value, backend=backend, **options)
-    state, parts = None, []
-    for part in (slice(0, cut), slice(cut, length)):
-        out, state = linear_attention(*(x[:, :, part] for x in (query, key, value)), state=state, **options)
-        parts.append(out)
+    decay = torch.tensor([0.9, 0.6]) if decays else None
+
+    def attend(part, state):
+        tensors = (x[:, :, part] for x in (query, key, value))
+        return linear_attention(*tensors, causal=True, decay=decay, state=state, return_state=True, backend=backend)
+
+    whole, last = attend(slice(0, length), None)
+    first, state = attend(slice(0, cut), None)
+    second, state = attend(slice(cut, length), state)
+    parts = [first, second]
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
 
@@ -290,9 +293,7 @@ def test_threads_change_nothing(inputs):
 def test_autocast_lowers_the_inputs_and_not_what_is_computed(backend, causal, inputs):
     query, key, value = (x.requires_grad_() for x in inputs(1, 2, 2, 60, 60, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        out, state = linear_attention(
-            query, key.bfloat16(), value, causal=causal, return_state=True, backend=backend
-        )
+        out, state = linear_attention(query, key.bfloat16(), value, causal=causal, return_state=True, backend=backend)
         grads = torch.autograd.grad(out.float().square().sum(), (query, key, value))
     lowered = [x.detach().bfloat16().requires_grad_() for x in (query, key, value)]
     expected = linear_attention(*lowered, causal=causal, backend=backend)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from flopwise.linear_attention import (
     Favor,
@@ -106,7 +107,7 @@ def test_checkpointing_changes_nothing(generator):
     def gradients(forward):
         return torch.autograd.grad(forward(x).square().sum(), (x, *module.parameters()))
 
-    again = gradients(lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False))
+    again = gradients(lambda x: checkpoint(module, x, use_reentrant=False))
     torch.testing.assert_close(again, gradients(module), rtol=0, atol=0)
 
 

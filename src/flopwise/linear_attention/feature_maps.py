@@ -10,14 +10,12 @@ anew only when `redraw` is called. Features of one sign keep the normaliser away
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Named = Literal["elu", "relu", "squared_relu", "taylor2", "identity"]
-FeatureMap = Named | Callable[[Tensor], Tensor]
+FeatureMap = str | Callable[[Tensor], Tensor]  # a name in BY_NAME, or a function or module (b, h, n, e) -> (b, h, n, f)
 
 
 def features_of(feature_map: FeatureMap, x: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h n f"]:
@@ -26,17 +24,14 @@ def features_of(feature_map: FeatureMap, x: Float[Tensor, "b h n e"]) -> Float[T
     Raises:
         ValueError: there is no map of this name.
     """
-    return (BY_NAME[check_name(feature_map)] if isinstance(feature_map, str) else feature_map)(x)
-
-
-def check_name(name: str) -> Named:
-    """`name`, if there is such a feature map; a ValueError if not."""
-    if name not in BY_NAME:
+    if not isinstance(feature_map, str):
+        return feature_map(x)
+    if feature_map not in BY_NAME:
         raise ValueError(
-            f"feature_map is one of {', '.join(get_args(Named))}, or a function (b, h, n, e) -> (b, h, n, f); "
-            f"got {name!r}."
+            f"feature_map is one of {', '.join(BY_NAME)}, or a function (b, h, n, e) -> (b, h, n, f); "
+            f"got {feature_map!r}."
         )
-    return name  # type: ignore[return-value]
+    return BY_NAME[feature_map](x)
 
 
 def feature_width(feature_map: FeatureMap, width: int) -> int:
