@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Integer, UInt8
 from torch import Tensor
 
 VOCABULARY = 128  # ASCII
@@ -25,7 +25,7 @@ def encode(text: str) -> Int[Tensor, "1 n"]:
     return torch.tensor([list(text.encode("ascii"))])
 
 
-def decode(ids: Int[Tensor, " n"]) -> str:
+def decode(ids: Integer[Tensor, " n"]) -> str:
     return bytes(ids.tolist()).decode("ascii")
 
 

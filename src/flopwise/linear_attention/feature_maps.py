@@ -10,14 +10,12 @@ anew only when `redraw` is called. Features of one sign keep the normaliser away
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Named = Literal["elu", "relu", "squared_relu", "taylor2", "identity"]
-FeatureMap = Named | Callable[[Tensor], Tensor]
+FeatureMap = str | Callable[[Tensor], Tensor]  # a name in BY_NAME, or a function or module (b, h, n, e) -> (b, h, n, f)
 
 
 def features_of(feature_map: FeatureMap, x: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h n f"]:
@@ -26,23 +24,24 @@ def features_of(feature_map: FeatureMap, x: Float[Tensor, "b h n e"]) -> Float[T
     Raises:
         ValueError: there is no map of this name.
     """
-    return (BY_NAME[check_name(feature_map)] if isinstance(feature_map, str) else feature_map)(x)
-
-
-def check_name(name: str) -> Named:
-    """`name`, if there is such a feature map; a ValueError if not."""
-    if name not in BY_NAME:
+    if not isinstance(feature_map, str):
+        return feature_map(x)
+    if feature_map not in BY_NAME:
         raise ValueError(
-            f"feature_map is one of {', '.join(get_args(Named))}, or a function (b, h, n, e) -> (b, h, n, f); "
-            f"got {name!r}."
+            f"feature_map is one of {', '.join(BY_NAME)}, or a function (b, h, n, e) -> (b, h, n, f); "
+            f"got {feature_map!r}."
         )
-    return name  # type: ignore[return-value]
+    return BY_NAME[feature_map](x)
 
 
 def feature_width(feature_map: FeatureMap, width: int) -> int:
     """How many features f a map makes of inputs of this width: the size `init_state` asks for."""
     heads = feature_map.heads if isinstance(feature_map, Hedgehog) else 1
-    return features_of(feature_map, torch.zeros(1, heads, 1, width)).shape[-1]
+    device = None
+    if isinstance(feature_map, nn.Module):
+        device = next((x.device for x in (*feature_map.parameters(), *feature_map.buffers())), None)
+    with torch.no_grad():
+        return features_of(feature_map, torch.zeros(1, heads, 1, width, device=device)).shape[-1]
 
 
 def elu(x: Float[Tensor, "*s e"]) -> Float[Tensor, "*s e"]:
@@ -59,9 +58,9 @@ def squared_relu(x: Float[Tensor, "*s e"]) -> Float[Tensor, "*s e"]:
 
 
 def taylor2(x: Float[Tensor, "*s e"]) -> Float[Tensor, "*s f"]:
-    """[1, x, x x^T / sqrt(2)] of the scaled x: phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(e), so f = 1 + e + e^2.
+    """[1, x, x x^T / sqrt(2)] of the scaled x, so that phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(e).
 
-    The second-order Taylor expansion of the softmax's exponential, at least 1/2 everywhere.
+    The second-order Taylor expansion of the softmax's exponential, at least 1/2 everywhere. f = 1 + e + e^2.
     """
     x = x * x.shape[-1] ** -0.25
     square = (x[..., :, None] * x[..., None, :]).flatten(-2) * 0.5**0.5
@@ -114,7 +113,9 @@ class RandomFeatures(nn.Module):
         normal = torch.randn(-(-draws // width), width, width, generator=generator, device=device)
         if self.orthogonal:
             norm = torch.randn(normal.shape, generator=generator, device=device).norm(dim=-2, keepdim=True)
-            normal = torch.linalg.qr(normal).Q * norm
+            basis, triangle = torch.linalg.qr(normal)
+            # The signs make the basis uniform over all of them; those of the algorithm are not, and would be a bias.
+            normal = basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None] * norm
         self.omega.copy_(normal.transpose(0, 1).reshape(width, -1)[:, :draws])
 
     def project(self, x: Float[Tensor, "*s e"]) -> Float[Tensor, "*s draws"]:
@@ -128,10 +129,10 @@ class RandomFeatures(nn.Module):
 
 
 class RandomFourierFeatures(RandomFeatures):
-    """[cos(x omega), sin(x omega)] / sqrt(draws): phi(q) . phi(k) is exp(-||q - k||^2 / 2) in the mean, of the scaled q, k.
+    """[cos(x omega), sin(x omega)] / sqrt(draws): phi(q) . phi(k) is exp(-||q - k||^2 / 2) in the mean.
 
-    This is the softmax's kernel once queries and keys have one norm: normalise them before. f = 2 draws. The features
-    have both signs, and so may the normaliser.
+    q and k are scaled by e^-1/4. This is the softmax's kernel once queries and keys have one norm: normalise them
+    before. f = 2 draws. The features have both signs, and so may the normaliser.
 
     Source: Rahimi & Recht 2007; as attention, Peng et al. 2021.
     """
@@ -164,10 +165,11 @@ class SmoothedRandomFourierFeatures(RandomFourierFeatures):
 
 
 class Favor(RandomFeatures):
-    """exp(x omega - ||x||^2 / 2) / sqrt(draws): positive, and phi(q) . phi(k) is exp(q . k / sqrt(e)) in the mean. f = draws.
+    """exp(x omega - ||x||^2 / 2) / sqrt(draws): positive, and phi(q) . phi(k) is exp(q . k / sqrt(e)) in the mean.
 
-    No maximum is subtracted: one over all keys would tell earlier positions about later ones, and a recurrent step does
-    not know it. It is not needed against overflow, the exponent being at most ||omega_i||^2 / 2.
+    x is scaled by e^-1/4, and f = draws. No maximum is subtracted: one over all keys would tell earlier positions about
+    later ones, and a recurrent step does not know it. It is not needed against overflow, the exponent being at most
+    ||omega_i||^2 / 2.
 
     Source: Choromanski et al. 2021 (FAVOR+), lemma 1.
     """

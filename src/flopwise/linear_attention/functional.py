@@ -42,7 +42,7 @@ def linear_attention(
     decay: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state: LinearState | None = None,
-    return_state: bool,
+    return_state: Literal[True],
     backend: Backend = "auto",
 ) -> tuple[Tensor, LinearState]: ...
 def linear_attention(
@@ -87,7 +87,7 @@ def linear_attention(
         ValueError: shapes, masks or settings do not fit together.
         RuntimeError: `backend` cannot run here.
 
-    Source: Katharopoulos, Vyas, Pappas & Fleuret, ICML 2020, sections 3.2 and 3.3. The decay is that of Sun et al. 2023.
+    Source: Katharopoulos, Vyas, Pappas & Fleuret, ICML 2020, sections 3.2 and 3.3. Decay: Sun et al. 2023.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -103,6 +103,11 @@ def linear_attention(
         key = key.masked_fill(~key_mask[:, None, :, None], no_key)
         value = value.masked_fill(~key_mask[:, None, :, None], 0.0)
 
+    lowered = query.dtype
+    if decay is not None and decay.requires_grad and torch.is_grad_enabled():
+        # Its gradient is a small difference of large sums over those of the keys: not to be had from bfloat16.
+        query, key, value = (x if x.dtype == torch.float64 else x.float() for x in (query, key, value))
+
     length, missing = query.shape[2], query.shape[2] - key.shape[2]
     if causal and missing > 0:
         key, value = pad(key, (0, 0, 0, missing), value=no_key), pad(value, (0, 0, 0, missing))
@@ -117,7 +122,7 @@ def linear_attention(
     memory, normaliser = (x.to(dtype) for x in state)
     rate = None if decay is None else decay.to(dtype).expand(len(query), -1)
     out, _, *last = attend(query, key, value, memory, normaliser, rate, cu_seqlens, causal, use_elu, name)
-    out = out[:, :, :length]
+    out = out[:, :, :length].to(lowered)
     return (out, LinearState(*last)) if return_state else out
 
 

@@ -38,7 +38,8 @@ class LinearAttention(nn.Module):
         if width % heads:
             raise ValueError(f"width is a multiple of heads; got {width} and {heads}.")
         self.head_width, self.key_heads = width // heads, key_heads or heads
-        self.causal, self.feature_map = causal, feature_map
+        self.causal = causal
+        self.feature_map: FeatureMap = feature_map
         self.backend: Backend = backend
         self.query = nn.Linear(width, width, bias=bias)
         self.key = nn.Linear(width, self.key_heads * self.head_width, bias=bias)
@@ -80,16 +81,26 @@ class LinearAttention(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return init_state(batch, self.key_heads, features, self.head_width, dtype, weight.device)
 
-    def _attend(self, x: Tensor, context: Tensor, **settings) -> tuple[Tensor, LinearState]:
+    def _attend(
+        self,
+        x: Float[Tensor, "b n width"],
+        context: Float[Tensor, "b s width"],
+        *,
+        key_mask: Bool[Tensor, "b s"] | None = None,
+        cu_seqlens: Int[Tensor, " c1"] | None = None,
+        state: LinearState | None = None,
+    ) -> tuple[Float[Tensor, "b n width"], LinearState]:
         out, state = linear_attention(
             self._heads(self.query(x)),
             self._heads(self.key(context)),
             self._heads(self.value(context)),
             causal=self.causal,
             feature_map=self.feature_map,
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
             return_state=True,
             backend=self.backend,
-            **settings,
         )
         return self.out(out.transpose(1, 2).flatten(2)), state
 

@@ -268,8 +268,7 @@ class LinearCausalLM(nn.Module):
         Args:
             about: how the model was trained, for those who find the file; read by `about`.
         """
-        from safetensors.torch import save_file
-
+        save_file = _safetensors().torch.save_file
         weights = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
         save_file(weights, path, metadata={"config": json.dumps(self.config), "about": about})
 
@@ -280,9 +279,7 @@ class LinearCausalLM(nn.Module):
         Raises:
             ValueError: the file is not one of these.
         """
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
+        with _safetensors().safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if "config" not in metadata:
                 raise ValueError(f"{path} is no model saved by `LinearCausalLM.save`: it has no configuration.")
@@ -414,3 +411,11 @@ def _convolve(window: Float[Tensor, "b longer qkv"], taps: Float[Tensor, "taps q
     for tap in range(1, len(taps)):
         y = torch.addcmul(y, window[:, tap : tap + length], taps[tap])
     return y
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"model files need safetensors: pip install 'flopwise[hf]' ({error}).") from error
+    return safetensors

@@ -19,8 +19,9 @@ from flopwise.report.records import Record
 
 PROBLEM = {
     "importance": importance.problem,
-    "clustered": clustered.problem,
+    "attention": attention.problem,
     "linear": linear.problem,
+    "clustered": clustered.problem,
     "tune": tuned.problem,
 }
 SECTIONS = {

@@ -1,5 +1,8 @@
-"""Linear attention compiled by numba: CPU only, the extra `cpu`. Computes in float32; the loops are in `numba_loops.py`."""
+"""Linear attention compiled by numba: CPU only, float32, the extra `cpu`. The loops are in `numba_loops.py`."""
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -12,6 +15,8 @@ from torch import Tensor
 from flopwise.linear_attention.kernels.torch import Gradients, Result
 
 AVAILABLE = find_spec("numba") is not None
+CHUNK = 16  # positions, what every kind of vector and tile divides; 32 costs more within a chunk than it saves across
+LARGE = 2**23  # bytes
 
 
 def obstacle(query: Tensor) -> str:
@@ -38,8 +43,8 @@ def forward(
     use_elu: bool,
 ) -> Result:
     """`kernels.torch.forward`."""
-    out, denominator = memory.new_empty(*query.shape[:3], value.shape[3]), memory.new_empty(query.shape[:3])
-    last = memory.new_empty(memory.shape), normaliser.new_empty(normaliser.shape)
+    out, denominator = _empty(*query.shape[:3], value.shape[3]), _empty(*query.shape[:3])
+    last = _empty(*memory.shape), _empty(*normaliser.shape)
     inputs = _inputs(query, key, value, memory, normaliser, decay, cu_seqlens, use_elu)
     packed = cu_seqlens is not None
     _run("forward", causal, memory, *inputs, _flat(out, packed), _flat(denominator, packed), *last)
@@ -63,7 +68,7 @@ def backward(
     use_elu: bool,
 ) -> Gradients:
     """`kernels.torch.backward`."""
-    grads = [x.new_empty(x.shape, dtype=memory.dtype) for x in (query, key, value, memory, normaliser)]
+    grads = [_empty(*x.shape) for x in (query, key, value, memory, normaliser)]
     inputs = _inputs(query, key, value, memory, normaliser, decay, cu_seqlens, use_elu)
     packed = cu_seqlens is not None
     results = _flat(result.out, packed), _flat(result.denominator, packed), result.memory, result.normaliser
@@ -72,6 +77,19 @@ def backward(
     return Gradients(
         *(x.to(like.dtype) for x, like in zip(grads, (query, key, value, memory, normaliser), strict=True))
     )
+
+
+def _empty(*shape: int) -> Tensor:
+    """Uninitialised float32 memory; if it is large, on large pages where Linux has them.
+
+    Otherwise the first write to each 4096 bytes of fresh memory is a page fault, and those cost as much as a third of
+    the time that the kernels take.
+    """
+    x = torch.empty(shape, dtype=torch.float32)
+    if sys.platform == "linux" and x.nbytes >= LARGE:
+        first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # a hint: whether it is taken does not matter
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(x.nbytes - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)
+    return x
 
 
 def _inputs(
@@ -89,24 +107,26 @@ def _inputs(
     if packed:
         bounds = key_bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1).long()
     else:
-        bounds, key_bounds = (torch.tensor([[0, x.shape[2]]]).expand(len(x), 2) for x in (query, key))
+        bounds, key_bounds = (torch.tensor([[0, x.shape[2]]] * len(x)) for x in (query, key))
     heads = query.shape[1] // key.shape[1]
     rates = memory.new_empty(0, 0) if decay is None else decay.expand(memory.shape[:2])
     tensors = (*_flat(query, packed), heads), _flat(key, packed), _flat(value, packed)
     return bounds, key_bounds, *tensors, rates, memory, normaliser, use_elu
 
 
-def _flat(x: Tensor, packed: bool) -> tuple[Tensor, int, int, int]:
+def _flat(x: Tensor, packed: bool) -> tuple[Any, int, int, int]:
     """The numbers of a tensor as one row, with the strides of text, head and position: nothing is copied.
 
     Only a last dimension that is not contiguous is, and what is not float32. Packed texts share the first dimension.
     """
-    x = x.float()
+    x = x.detach().float()
     if x.ndim == 4 and x.stride(3) != 1:
         x = x.contiguous()
     text, head, position = x.stride()[:3]
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    return x.as_strided((extent,), (1,)), 0 if packed else text, head, position
+    if not x.is_contiguous():
+        extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+        x = x.as_strided((extent if x.numel() else 0,), (1,))
+    return x.numpy().reshape(-1), 0 if packed else text, head, position
 
 
 def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:
@@ -118,7 +138,7 @@ def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:
     from flopwise.linear_attention.kernels import numba_loops
 
     loop: Callable[..., None] = getattr(numba_loops, f"{'causal' if causal else 'full'}_{direction}")
-    arrays = [_array(x) for x in arguments]
+    arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     rows = memory.shape[0] * memory.shape[1]
     threads = min(torch.get_num_threads(), rows)
     if threads <= 1:
@@ -127,9 +147,3 @@ def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:
     bounds = [rows * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda i: loop(bounds[i], bounds[i + 1], *arrays), range(threads)))
-
-
-def _array(x: Any) -> Any:
-    if isinstance(x, tuple):
-        return tuple(map(_array, x))
-    return x.detach().contiguous().numpy() if isinstance(x, Tensor) else x

@@ -12,6 +12,7 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
+from flopwise.linear_attention.kernels.numba import CHUNK
 from flopwise.linear_attention.kernels.numba_vectors import (
     LANES,
     TILE,
@@ -22,15 +23,10 @@ from flopwise.linear_attention.kernels.numba_vectors import (
     one_vector,
     prefetch,
     scale_vector,
-    tall,
     through_elu_vector,
     transpose_block,
     two_vectors,
 )
-
-CHUNK = 16  # positions, a multiple of LANES and TILE; 32 costs more within a chunk than it saves across
-
-AHEAD = CHUNK  # positions that are fetched before they are needed
 
 # Reassociation and contraction make loops vectorise; not "nnan" and "ninf": nan must show.
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
@@ -43,24 +39,12 @@ def add_product(out, a, b, add):
     """out = a @ b, plus out if `add`."""
     inner, columns = b.shape
     for m in range(0, columns, 2 * LANES):
-        for i in range(0, len(out), TILE):
-            if m + LANES < columns:
+        if m + LANES < columns:
+            for i in range(0, len(out), TILE):
                 two_vectors(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
-            else:
+        else:
+            for i in range(0, len(out), 2 * TILE):
                 one_vector(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
-
-
-@compiled
-@no_type_check
-def add_product_past(out, a, b, add):
-    """out = a @ b for a lower triangular `a` (CHUNK, CHUNK)."""
-    columns = b.shape[1]
-    for m in range(0, columns, 2 * LANES):
-        for i in range(0, CHUNK, TILE):
-            if m + LANES < columns:
-                two_vectors(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, i * columns + m, columns, add)
-            else:
-                one_vector(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, i * columns + m, columns, add)
 
 
 @compiled
@@ -69,25 +53,44 @@ def add_transposed_product(out, a, b, add):
     """out = a^T @ b."""
     rows, columns = out.shape
     for m in range(0, columns, 2 * LANES):
-        for i in range(0, rows, TILE):
-            if m + LANES < columns:
+        if m + LANES < columns:
+            for i in range(0, rows, TILE):
                 two_vectors(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
-            else:
+        else:
+            for i in range(0, rows, 2 * TILE):
                 one_vector(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
 
 
 @compiled
 @no_type_check
-def add_transposed_product_future(out, a, b, add):
-    """out = a^T @ b for a lower triangular `a` (CHUNK, CHUNK)."""
+def add_product_past(out, a, b):
+    """out += a @ b for a lower triangular `a` (CHUNK, CHUNK)."""
     columns = b.shape[1]
     for m in range(0, columns, 2 * LANES):
-        for i in range(0, CHUNK, TILE):
-            at, left = i * CHUNK + i, CHUNK - i
-            if m + LANES < columns:
-                two_vectors(a, at, 1, CHUNK, b, i * columns + m, columns, left, out, i * columns + m, columns, add)
-            else:
-                one_vector(a, at, 1, CHUNK, b, i * columns + m, columns, left, out, i * columns + m, columns, add)
+        if m + LANES < columns:
+            for i in range(0, CHUNK, TILE):
+                at = i * columns + m
+                two_vectors(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, at, columns, True)
+        else:
+            for i in range(0, CHUNK, 2 * TILE):
+                at = i * columns + m
+                one_vector(a, i * CHUNK, CHUNK, 1, b, m, columns, i + 2 * TILE, out, at, columns, True)
+
+
+@compiled
+@no_type_check
+def add_product_future(out, a, b):
+    """out += a^T @ b for a lower triangular `a` (CHUNK, CHUNK)."""
+    columns = b.shape[1]
+    for m in range(0, columns, 2 * LANES):
+        if m + LANES < columns:
+            for i in range(0, CHUNK, TILE):
+                at = i * columns + m
+                two_vectors(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
+        else:
+            for i in range(0, CHUNK, 2 * TILE):
+                at = i * columns + m
+                one_vector(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
 
 
 @compiled
@@ -102,12 +105,12 @@ def transpose(x, out):
 
 @exactly
 @no_type_check
-def load(x, at, stride, count, width, out):
-    """A chunk's rows x[at + i stride : ... + width] into out (CHUNK, padded width)."""
+def load(x, at, stride, count, width, out, ahead):
+    """A chunk's rows x[at + i stride : ... + width] into out (CHUNK, padded width); those `ahead` are needed next."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
-            prefetch(x, at + (i + AHEAD) * stride + e)
+            prefetch(x, at + (i + ahead) * stride + e)
             scale_vector(np.float32(1), x, at + i * stride + e, out, i * out.shape[1] + e)
         for e in range(whole, width):
             out[i, e] = x[at + i * stride + e]
@@ -118,15 +121,15 @@ def load(x, at, stride, count, width, out):
 
 @exactly
 @no_type_check
-def load_features(x, at, stride, count, width, out, use_elu):
+def load_features(x, at, stride, count, width, out, ahead, use_elu):
     """phi of a chunk's rows; what is padded has features 0."""
     if not use_elu:
-        load(x, at, stride, count, width, out)
+        load(x, at, stride, count, width, out, ahead)
         return
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
-            prefetch(x, at + (i + AHEAD) * stride + e)
+            prefetch(x, at + (i + ahead) * stride + e)
             elu_vector(x, at + i * stride + e, out, i * out.shape[1] + e)
         if whole < width:
             for e in range(whole, whole + LANES):
@@ -149,8 +152,8 @@ def matrix(rows, columns):
 @compiled
 @no_type_check
 def padded(width):
-    """The next multiple of a vector."""
-    return -(-width // LANES) * LANES
+    """The next multiple of CHUNK, and so of LANES and 2 TILE."""
+    return -(-width // CHUNK) * CHUNK
 
 
 @compiled
@@ -212,6 +215,24 @@ def store(x, out, at, stride, count, width):
 
 @compiled
 @no_type_check
+def load_state(memory, text, group, state):
+    """memory[text, group], padded."""
+    _, groups, width, value_width = memory.shape
+    at = (text * groups + group) * width * value_width
+    load(memory.reshape(-1), at, value_width, width, value_width, state, 0)
+
+
+@compiled
+@no_type_check
+def store_state(state, memory, text, group):
+    """The reverse of `load_state`."""
+    _, groups, width, value_width = memory.shape
+    at = (text * groups + group) * width * value_width
+    store(state, memory.reshape(-1), at, value_width, width, value_width)
+
+
+@compiled
+@no_type_check
 def scale_rows(x, factors):
     """x[i] *= factors[i]."""
     columns = x.shape[1]
@@ -252,16 +273,6 @@ def add_rows(x, out):
 
 @compiled
 @no_type_check
-def similarities(out, a, b_t):
-    """out = a @ b_t, both of one chunk."""
-    inner = len(b_t)
-    for m in range(0, CHUNK, LANES):
-        for i in range(0, CHUNK, 2 * TILE):
-            tall(a, i * inner, inner, 1, b_t, m, CHUNK, inner, out, i * CHUNK + m, CHUNK, False)
-
-
-@compiled
-@no_type_check
 def invert(x):
     """1 / x, and 0 for 0, in place."""
     for i in range(CHUNK):
@@ -282,9 +293,9 @@ def write_output(product, total, out, denominator, text, head, first, count, val
 
 @compiled
 @no_type_check
-def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse):
+def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse, ahead):
     """g = grad / denominator, of a chunk."""
-    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, g)
+    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, g, ahead)
     inverse[:] = 0
     at = place(denominator, text, head, first)
     for i in range(count):
@@ -340,23 +351,23 @@ def causal_forward(
     for row in range(start, stop):
         text, group = row // groups, row % groups
         begin, end = bounds[text, 0], bounds[text, 1]
-        S[:width, :value_width] = memory[text, group]
+        load_state(memory, text, group, S)
         z[0, :width] = normaliser[text, group]
         if decays:
             powers_of(decay[text, group], powers, past)
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             transpose(k, k_t)
             for head in heads_of(group, query):
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
-                similarities(attention, q, k_t)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                add_product(attention, q, k_t, False)
                 multiply(attention, past)
                 if decays:
                     weigh(q, powers, 1, 1, count, q_scaled)
                 add_product(product, q_scaled, S, False)
-                add_product_past(product, attention, v, True)
+                add_product_past(product, attention, v)
                 total[:] = 0
                 add_dots(q_scaled, z, 0, partial, partial_t, total)
                 add_dots(attention, ones, 0, partial, partial_t, total)
@@ -367,7 +378,7 @@ def causal_forward(
                 shrink(z, powers[0, count])
             add_transposed_product(S, k_scaled, v, True)
             add_rows(k_scaled, z)
-        last_memory[text, group] = S[:width, :value_width]
+        store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
 
 
@@ -388,10 +399,13 @@ def causal_backward(
     g, v, v_t, y = matrix(CHUNK, M), matrix(CHUNK, M), matrix(M, CHUNK), matrix(CHUNK, M)
     q_scaled, k_scaled = (matrix(CHUNK, E), matrix(CHUNK, E)) if decays else (q, k)
     g_scaled, v_scaled = (matrix(CHUNK, M), matrix(CHUNK, M)) if decays else (g, v)
+    v_t_scaled = matrix(M, CHUNK) if decays else v_t
     attention, grad_attention = matrix(CHUNK, CHUNK), matrix(CHUNK, CHUNK)
     past, powers = matrix(CHUNK, CHUNK), matrix(1, CHUNK + 1)
-    grad_e, grad_m, state, state_t = matrix(CHUNK, E), matrix(CHUNK, M), matrix(E, M), matrix(M, E)
-    z, inverse, ones, weights = matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK), np.ones(CHUNK, np.float32)
+    grad_e, grad_t, grad_m = matrix(CHUNK, E), matrix(E, CHUNK), matrix(CHUNK, M)
+    state, state_t = matrix(E, M), matrix(M, E)
+    z, r, inverse, ones = matrix(1, E), matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK)
+    weights = np.ones(CHUNK, np.float32)
     partial, partial_t, total = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK)
     shares = np.zeros((query[4], (bounds[:, 1] - bounds[:, 0]).max() + CHUNK), np.float32)
     ones[:] = 1
@@ -402,23 +416,23 @@ def causal_backward(
         if decays:
             powers_of(decay[text, group], powers, past)
 
-        state[:width, :value_width] = memory[text, group]
+        load_state(memory, text, group, state)
         transpose(state, state_t)  # S^T
         z[0, :width] = normaliser[text, group]
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             transpose(v, v_t)
             for head in heads_of(group, query):
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, y)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
                 total[:] = 0
                 add_dots(g, y, M, partial, partial_t, total)
                 for i in range(CHUNK):
                     share[i] = -total[0, i]
-                similarities(grad_attention, g, v_t)
+                add_product(grad_attention, g, v_t, False)
                 add_outer(share, ones, grad_attention)
                 multiply(grad_attention, past)
                 if decays:
@@ -429,9 +443,9 @@ def causal_backward(
                     total[0, i] = share[i] * weights[i]
                 add_product(grad_e, g_scaled, state_t, False)
                 add_outer(total[0], z, grad_e)
-                add_product_past(grad_e, grad_attention, k, True)
+                add_product_past(grad_e, grad_attention, k)
                 if use_elu:
-                    load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
+                    load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                     through_elu(grad_e, q)
                 store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width)
             if decays:
@@ -441,47 +455,50 @@ def causal_backward(
             add_transposed_product(state_t, v, k_scaled, True)
             add_rows(k_scaled, z)
 
-        state[:width, :value_width] = grad_last_memory[text, group]  # R
+        load_state(grad_last_memory, text, group, state)  # R
         z[0, :width] = grad_last_normaliser[text, group]
         for chunk in range((end - begin - 1) // CHUNK, -1, -1):
             first = begin + chunk * CHUNK
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, -CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, -CHUNK)
             transpose(k, k_t)
             transpose(v, v_t)
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
                 weigh(v, powers, count - 1, -1, count, v_scaled)
+                transpose(v_scaled, v_t_scaled)
                 for j in range(CHUNK):
                     weights[j] = powers[0, max(count - 1 - j, 0)]
-            transpose(state, state_t)
-            add_product(grad_e, v_scaled, state_t, False)
-            add_outer(weights, z, grad_e)
+            # d phi(k)^T = R v^T and not d phi(k) = v R^T, which would take R^T from the cache as well
+            add_product(grad_t, state, v_t_scaled, False)
             add_product(grad_m, k_scaled, state, False)
+            r[:] = z
             if decays:
                 shrink(state, powers[0, count])
                 shrink(z, powers[0, count])
             for head in heads_of(group, query):
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
-                similarities(attention, q, k_t)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, -CHUNK, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, -CHUNK)
+                add_product(attention, q, k_t, False)
                 multiply(attention, past)
-                similarities(grad_attention, g, v_t)
+                add_product(grad_attention, g, v_t, False)
                 add_outer(share, ones, grad_attention)
                 multiply(grad_attention, past)
-                add_transposed_product_future(grad_e, grad_attention, q, True)
-                add_transposed_product_future(grad_m, attention, g, True)
+                add_transposed_product(grad_t, q, grad_attention, True)
+                add_product_future(grad_m, attention, g)
                 if decays:
                     weigh(q, powers, 1, 1, count, q_scaled)
                 add_transposed_product(state, q_scaled, g, True)
                 add_weighted_rows(share, q_scaled, z)
+            transpose(grad_t, grad_e)
+            add_outer(weights, r, grad_e)
             if use_elu:
                 through_elu(grad_e, k)
             store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)
             store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
-        grad_memory[text, group] = state[:width, :value_width]
+        store_state(state, grad_memory, text, group)
         grad_normaliser[text, group] = z[0, :width]
 
 
@@ -499,23 +516,23 @@ def full_forward(
     partial, partial_t = matrix(CHUNK, LANES), matrix(LANES, CHUNK)
     for row in range(start, stop):
         text, group = row // groups, row % groups
-        S[:width, :value_width] = memory[text, group]
+        load_state(memory, text, group, S)
         z[0, :width] = normaliser[text, group]
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             add_transposed_product(S, k, v, True)
             add_rows(k, z)
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                 add_product(product, q, S, False)
                 total[:] = 0
                 add_dots(q, z, 0, partial, partial_t, total)
                 write_output(product, total, out, denominator, text, head, first, count, value_width)
-        last_memory[text, group] = S[:width, :value_width]
+        store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
 
 
@@ -536,17 +553,17 @@ def full_backward(
     partial, partial_t, ones = matrix(CHUNK, LANES), matrix(LANES, CHUNK), np.ones(CHUNK, np.float32)
     for row in range(start, stop):
         text, group = row // groups, row % groups
-        S[:width, :value_width] = last_memory[text, group]
+        load_state(last_memory, text, group, S)
         z[0, :width] = last_normaliser[text, group]
-        R[:width, :value_width] = grad_last_memory[text, group]
+        load_state(grad_last_memory, text, group, R)
         r[0, :width] = grad_last_normaliser[text, group]
         transpose(S, S_t)
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, y)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
                 total[:] = 0
                 add_dots(g, y, M, partial, partial_t, total)
                 shrink(total, np.float32(-1))  # the share of the denominator
@@ -560,8 +577,8 @@ def full_backward(
         transpose(R, R_t)
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
             add_product(grad_e, v, R_t, False)
             add_outer(ones, r, grad_e)
             add_product(grad_m, k, R, False)
@@ -569,5 +586,5 @@ def full_backward(
                 through_elu(grad_e, k)
             store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)
             store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
-        grad_memory[text, group] = R[:width, :value_width]
+        store_state(R, grad_memory, text, group)
         grad_normaliser[text, group] = r[0, :width]

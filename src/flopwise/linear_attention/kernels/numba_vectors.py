@@ -54,7 +54,8 @@ def _multiply_add(builder: Any) -> Callable[[Any, Any, Any], Any]:
 def _tile(rows: int, vectors: int) -> Callable[..., None]:
     """out (rows, vectors * LANES) = a @ b, plus out if `add`, the sums held in registers.
 
-    `inner` is at least 1. a[r, i] is at a_at + r a_row + i a_inner, so that `a` may be transposed; rows of b and out are b_row, out_row apart.
+    a[r, i] is at a_at + r a_row + i a_inner, so that `a` may be transposed; rows of b and out are b_row, out_row apart.
+    `inner`, the length of the sums, is at least 1.
     """
 
     @intrinsic
@@ -109,7 +110,7 @@ def _tile(rows: int, vectors: int) -> Callable[..., None]:
     return product
 
 
-one_vector, two_vectors, tall = _tile(TILE, 1), _tile(TILE, 2), _tile(2 * TILE, 1)
+one_vector, two_vectors = _tile(2 * TILE, 1), _tile(TILE, 2)
 
 
 # 2^f for |f| <= 1/2, relative error 9e-8

@@ -40,9 +40,8 @@ def attend(
 
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, memory: Tensor, normaliser: Tensor, *_: object) -> Result:
-    batch, heads, length, _ = query.shape
-    out = query.new_empty(batch, heads, length, value.shape[3])
-    denominator = memory.new_empty(batch, heads, length)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    denominator = memory.new_empty(query.shape[:3])
     return Result(out, denominator, memory.new_empty(memory.shape), normaliser.new_empty(normaliser.shape))
 
 
@@ -100,7 +99,7 @@ attend.register_autograd(_backward, setup_context=_save)
 
 
 def _save_for_second(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.causal, ctx.use_elu, _backend = inputs
+    *tensors, ctx.causal, ctx.use_elu, _ = inputs
     ctx.save_for_backward(*tensors[:10])
 
 
@@ -109,60 +108,108 @@ def _second_backward(ctx: Any, *grads: Tensor) -> tuple:
 
     `out`, `denominator` and the last state are functions of the inputs: what flows through them is in those gradients.
     """
-    given = [
-        x if x is None or x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
-        for x in ctx.saved_tensors
-    ]
-    outputs, inputs, (decay, cu_seqlens) = given[:3], given[3:8], given[8:]
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    with torch.enable_grad():  # views, so that what flows on from one input into another is left to the caller's graph
+        given: list[Any] = [x if x is None else _variable(x) for x in saved]
+    upstream, (query, key, value, memory, normaliser), (decay, cu_seqlens) = given[:3], given[3:8], given[8:]
+    inputs = query, key, value, memory, normaliser
+    settings = {"causal": ctx.causal, "use_elu": ctx.use_elu}
     with torch.enable_grad():
-        result = torch_kernels.forward(*inputs, decay, cu_seqlens, causal=ctx.causal, use_elu=ctx.use_elu)
-        first = torch.autograd.grad(
-            (result.out, result.memory, result.normaliser), inputs, outputs, create_graph=True, materialize_grads=True
-        )
+        result = torch_kernels.forward(query, key, value, memory, normaliser, decay, cu_seqlens, **settings)
+        outputs = result.out, result.memory, result.normaliser
+        first = torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True)
     wanted = [x for x in given[:9] if x is not None]
     more = torch.is_grad_enabled()
     second = iter(torch.autograd.grad(first, wanted, grads, create_graph=more, allow_unused=True))
     return *(None if x is None else next(second) for x in given[:9]), *[None] * 8
 
 
+def _variable(x: Tensor) -> Tensor:
+    """x, to differentiate with respect to this use of it."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
+
+
 attend_backward.register_autograd(_second_backward, setup_context=_save_for_second)
 
 
+def _fold_into_batch(operator: Any, cu_seqlens_at: int) -> None:
+    """`vmap` is one more batch dimension; texts packed into one batch are taken one after the other."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size, cu_seqlens = info.batch_size, arguments[cu_seqlens_at]
+        every = [
+            x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(arguments, in_dims, strict=True)
+        ]
+        if cu_seqlens is None:
+            folded = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in every)
+            results = [x.unflatten(0, (size, -1)) for x in operator(*folded)]
+        else:
+            each = [operator(*(x[i] if isinstance(x, Tensor) else x for x in every)) for i in range(size)]
+            results = [torch.stack(x) for x in zip(*each, strict=True)]
+        return tuple(results), (0,) * len(results)
+
+    operator.register_vmap(rule)
+
+
+_fold_into_batch(attend, 6)
+_fold_into_batch(attend_backward, 9)
+
+
+@register_flop_formula(torch.ops.flopwise.linear_attention)
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *arguments: Any, **_: Any) -> int:
+    """Keys into the state and queries out of it; causal, also q k^T and its product with v within a chunk."""
+    *_states, causal, _use_elu, backend = arguments
+    across, within = _products(query, key, value, causal, backend)
+    return sum(across) + within
+
+
+@register_flop_formula(torch.ops.flopwise.linear_attention_backward)
+def _backward_flops(*arguments: Any, **_: Any) -> int:
+    """The gradients of q, k and v, one product each, R, and S once more if causal; within a chunk six products."""
+    _, _, _, query, key, value, *_states, causal, _use_elu, backend = arguments
+    (of_keys, of_queries), within = _products(query, key, value, causal, backend)
+    return (3 if causal else 2) * of_keys + 2 * of_queries + 3 * within
+
+
+def _products(
+    query: torch.Size, key: torch.Size, value: torch.Size, causal: bool, backend: str
+) -> tuple[tuple[int, int], int]:
+    """FLOPs of one product of every key, of every query, with a state, and of the two products within chunks."""
+    (batch, heads, length, width), (_, groups, source_length, value_width) = query, value
+    chunk = min(KERNELS[backend].CHUNK, length) if causal else 0
+    across = 2 * batch * groups * source_length * width * value_width, 2 * batch * heads * length * width * value_width
+    return across, 2 * batch * heads * length * chunk * (width + value_width)
+
+
 def _grad_decay(
-    inputs: tuple[Tensor, ...],
-    result: Result,
-    grads: Gradients,
-    grad_memory: Tensor,
-    grad_normaliser: Tensor,
-    elu: bool,
+    inputs: tuple[Any, ...], result: Result, grads: Gradients, grad_memory: Tensor, grad_normaliser: Tensor, elu: bool
 ) -> Tensor:
     """The gradient of decay, (b, g), from what is known already.
 
-    A pair of positions has the weight decay^(i - j), and phi(q_i) . d phi(q_i) adds up the gradients of all pairs of i,
-    each times its value; likewise of j. With what involves the first and the last state,
+    Position j counts decay^(i - j) at i. phi(k_j) . d phi(k_j) adds up what all its pairs (i, j) do to the loss, and
+    likewise of i, where that is 0: the normalised output does not change when phi(q_i) is scaled. What is left, with
+    the pairs that involve the first and the last state, S = (S, z):
 
-        decay d decay = sum_i i (phi(q_i) . d phi(q_i) - phi(k_i) . d phi(k_i)) + S_0 . d S_0 + (n - 1) S_n . d S_n
+        decay d decay = S_0 . d S_0 + (n - 1) S_n . d S_n - sum_j j phi(k_j) . d phi(k_j)
+
+    The sum is much larger than the result, whose relative error is up to n decay / (1 - decay) roundings.
     """
-    query, key, _value, memory, normaliser, decay, cu_seqlens = inputs
-    if cu_seqlens is None:
-        position, last = torch.arange(query.shape[2], device=query.device), query.shape[2] - 1
-    else:
+    _query, key, _value, memory, normaliser, decay, cu_seqlens = inputs
+    position, last = torch.arange(key.shape[2], device=key.device), key.shape[2] - 1
+    if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
-        starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=query.shape[2])
-        position, last = torch.arange(query.shape[2], device=query.device) - starts, (lengths - 1)[:, None]
-
-    def of_positions(x: Tensor, grad: Tensor) -> Tensor:
-        """sum_i i phi(x_i) . d phi(x_i); with elu, d phi is the gradient of x over min(phi, 1)."""
-        x, grad = x.to(memory.dtype), grad.to(memory.dtype)
-        product = (torch.clamp(x + 1, min=1) if elu else x) * grad
-        return (product.sum(-1).double() * position).sum(-1).unflatten(1, (key.shape[1], -1)).sum(-1)
-
-    first = (memory * grads.memory).sum((-2, -1)) + (normaliser * grads.normaliser).sum(-1)
-    end = (result.memory * grad_memory).sum((-2, -1)) + (result.normaliser * grad_normaliser).sum(-1)
-    total = of_positions(query, grads.query) - of_positions(key, grads.key)
-    return ((total + (first + last * end).sum_to_size(total.shape)) / decay).to(decay.dtype)
+        position = position - cu_seqlens[:-1].repeat_interleave(lengths, output_size=key.shape[2])
+        last = (lengths - 1)[:, None]
+    # With elu, d phi is the gradient of x over phi' = min(phi, 1), and phi / phi' = max(x + 1, 1).
+    product = ((key + 1).clamp(min=1) if elu else key).double() * grads.key
+    of_keys = (product.sum(-1) * position).sum(-1)
+    first = (memory.double() * grads.memory).sum((-2, -1)) + (normaliser.double() * grads.normaliser).sum(-1)
+    end = (result.memory.double() * grad_memory).sum((-2, -1)) + (result.normaliser.double() * grad_normaliser).sum(-1)
+    return (((first + last * end).sum_to_size(decay.shape) - of_keys) / decay).to(decay.dtype)
 
 
 def _no_autocast(query: Tensor) -> contextlib.AbstractContextManager:
     """Autocast has chosen the inputs' dtype; what is computed from them is not its to lower."""
-    return torch.autocast(query.device.type, enabled=False)
+    device = query.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -6,6 +6,7 @@ is one more column of the memory, S' = [S, z], and numerator and denominator are
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -56,8 +57,8 @@ def forward(
     """
     if cu_seqlens is not None:
         parts = [
-            forward(*qkv, *state, decay, None, causal=causal, use_elu=use_elu)
-            for qkv, state in _sequences(cu_seqlens, (query, key, value), (memory, normaliser))
+            forward(q, k, v, s, z, decay, None, causal=causal, use_elu=use_elu)
+            for (q, k, v), (s, z) in _sequences(cu_seqlens, (query, key, value), (memory, normaliser))
         ]
         return Result(*(torch.cat(x, 2 if i < 2 else 0) for i, x in enumerate(zip(*parts, strict=True))))
 
@@ -140,8 +141,8 @@ def backward(
             reverse = weights.whole(reverse, k) + weights.from_start(q, k).mT @ g
         grad_key.append(_through_features(grad_k, key, at, use_elu))
         grad_value.append(grad_v[..., :-1].to(value.dtype))
-    grads = (torch.cat(x, 2) for x in (grad_query, grad_key[::-1], grad_value[::-1]))
-    return Gradients(*grads, *_apart(reverse))
+    grad_query, grad_key, grad_value = (torch.cat(x, 2) for x in (grad_query, grad_key[::-1], grad_value[::-1]))
+    return Gradients(grad_query, grad_key, grad_value, *_apart(reverse))
 
 
 class _Weights:
@@ -190,7 +191,7 @@ def _sequences(
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """For every sequence its part of the tensors that have positions, and its row of the states."""
     bounds = cu_seqlens.tolist()
-    for c, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for c, (start, stop) in enumerate(pairwise(bounds)):
         yield [x[:, :, start:stop] for x in along], [x[c : c + 1] for x in states]
 
 
