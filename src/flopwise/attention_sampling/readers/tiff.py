@@ -52,7 +52,7 @@ class TiffGrid:
             )
         size = np.uint64(self.file.size)
         ends = np.minimum(self._offsets, size) + np.minimum(self._counts, size)  # neither may wrap around
-        beyond = int(((self._counts > 0) & ((self._offsets > size) | (ends > size))).sum())
+        beyond = int(((self._counts > 0) & (ends > size)).sum())
         if beyond:
             raise ImageError(
                 f"{self.file.path}: truncated, or wrong tile offsets: {beyond} of {tiles} tiles lie beyond the end of "
