@@ -40,9 +40,9 @@ class TiffGrid:
         self._decode, self._options = page.decode, {}
         if self.compression == JPEG:
             self._options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
-        self._check_index()
+        self._check_index(layout.samples)
 
-    def _check_index(self) -> None:
+    def _check_index(self, samples: int) -> None:
         tiles = math.ceil(self.height / self.tile_height) * self._columns
         if len(self._offsets) != tiles or len(self._counts) != tiles:
             raise ImageError(
@@ -58,7 +58,7 @@ class TiffGrid:
                 f"{self.file.path}: truncated, or wrong tile offsets: {beyond} of {tiles} tiles lie beyond the end of "
                 f"the file, {size} bytes. Copy it again."
             )
-        raw = self.tile_height * self.tile_width * self.channels
+        raw = self.tile_height * self.tile_width * samples
         largest = int(self._counts.max())
         if largest > ENLARGED * raw + 2**16:
             raise ImageError(
