@@ -16,7 +16,7 @@ from pyramids import mean_of_squares, photograph, write_large, write_pyramid
 
 from flopwise import attention_sampling
 from flopwise.attention_sampling import images as images_module
-from flopwise.attention_sampling.images import LazyImage, Level, open_image, read_patches, start_reading
+from flopwise.attention_sampling.images import LazyImage, Level, open_image, read_patches
 
 PIXELS = photograph(301, 237)
 TIFFS = {
@@ -297,14 +297,6 @@ class TestPatches:
             assert torch.equal(patches[0, n], Other().read(0, y, x, 4, 5))
             y, x = positions[1, n].tolist()
             assert torch.equal(patches[1, n], open_image(PIXELS).read(0, y, x, 4, 5))
-
-    def test_in_the_background(self, generator: torch.Generator):
-        image, positions = open_image(PIXELS), self.positions(1, 30, generator)
-        futures = [start_reading([image], 0, positions, (16, 16), threads=2) for _ in range(20)]
-        for future in futures:
-            assert torch.equal(future.result(), read_patches([image], 0, positions, (16, 16)))
-        with pytest.raises(ValueError, match="levels 0 to 3; got 9"):
-            start_reading([image], 9, positions, (16, 16)).result()
 
     @pytest.mark.parametrize(
         ("change", "message"),

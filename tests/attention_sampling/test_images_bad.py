@@ -144,6 +144,11 @@ class TestStructure:
         write_directories(path, tags(subifds=(LONG8, [16])))
         refused(path, "closes a circle")
 
+    @pytest.mark.parametrize("offset", [10**6, 2**63, 2**64 - 9])
+    def test_a_directory_beyond_the_end(self, offset: int, path: Path):
+        write_directories(path, tags(), after=[offset])
+        refused(path, f"8 bytes at {offset} lie beyond the end")
+
     def test_too_many_directories(self, path: Path):
         write_directories(path, *[{256: (LONG, [1])}] * 5000)
         refused(path, "at most 4096 directories")

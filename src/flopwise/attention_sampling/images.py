@@ -11,7 +11,7 @@ them in a process. So images may be pickled, sent to workers, forked, and there 
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -183,11 +183,6 @@ def read_patches(
     if not all(isinstance(image, LazyImage) for image in images):
         return _read_one_by_one(images, level, positions, size, threads)
     return _read_tiles([image for image in images if isinstance(image, LazyImage)], level, positions, size, threads)
-
-
-def start_reading(*arguments: Any, **options: Any) -> "Future[Tensor]":
-    """`read_patches` in the background: the network works on until `.result()` is called."""
-    return _pool("ahead", 1, os.getpid()).submit(read_patches, *arguments, **options)
 
 
 def _read_tiles(

@@ -40,9 +40,9 @@ class TiffGrid:
         self._decode, self._options = page.decode, {}
         if self.compression == JPEG:
             self._options = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
-        self._check_index()
+        self._check_index(layout.samples)
 
-    def _check_index(self) -> None:
+    def _check_index(self, samples: int) -> None:
         tiles = math.ceil(self.height / self.tile_height) * self._columns
         if len(self._offsets) != tiles or len(self._counts) != tiles:
             raise ImageError(
@@ -52,13 +52,13 @@ class TiffGrid:
             )
         size = np.uint64(self.file.size)
         ends = np.minimum(self._offsets, size) + np.minimum(self._counts, size)  # neither may wrap around
-        beyond = int(((self._counts > 0) & ((self._offsets > size) | (ends > size))).sum())
+        beyond = int(((self._counts > 0) & (ends > size)).sum())
         if beyond:
             raise ImageError(
                 f"{self.file.path}: truncated, or wrong tile offsets: {beyond} of {tiles} tiles lie beyond the end of "
                 f"the file, {size} bytes. Copy it again."
             )
-        raw = self.tile_height * self.tile_width * self.channels
+        raw = self.tile_height * self.tile_width * samples
         largest = int(self._counts.max())
         if largest > ENLARGED * raw + 2**16:
             raise ImageError(
