@@ -3,11 +3,12 @@
 import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 TILE = 256
 
 
+@runtime_checkable
 class Level(Protocol):
     @property
     def height(self) -> int: ...
@@ -17,6 +18,7 @@ class Level(Protocol):
     def downsample(self) -> float: ...
 
 
+@runtime_checkable
 class Pyramid(Protocol):
     """What is shown: levels, the finest first, whose pixels are read as (channels, height, width) of 8 bits."""
 
@@ -93,17 +95,27 @@ def _under(region: Region, level: Level) -> Iterator[tuple[int, int]]:
 
 def _encoded(image: Pyramid, number: int, places: Iterable[tuple[int, int]], quality: int) -> Iterator[tuple[str, str]]:
     """(key, data URI) of tiles, one after the other."""
-    import numpy as np
-    from PIL import Image
-
     level = image.levels[number]
     for row, column in places:
         y, x = row * TILE, column * TILE
-        pixels = np.asarray(image.read(number, y, x, min(TILE, level.height - y), min(TILE, level.width - x)))
-        picture = Image.fromarray(pixels[:3].transpose(1, 2, 0) if len(pixels) > 2 else pixels[0])
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality)
-        yield _key((row, column)), "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        pixels = image.read(number, y, x, min(TILE, level.height - y), min(TILE, level.width - x))
+        yield _key((row, column)), as_jpeg(pixels, quality)
+
+
+def as_jpeg(pixels: Any, quality: int = 80) -> str:
+    """(channels, height, width) of 8 bits as a JPEG data URI; the first three channels, or the only one.
+
+    Raises:
+        ImportError: Pillow is missing.
+    """
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(pixels)
+    picture = Image.fromarray(array[:3].transpose(1, 2, 0) if len(array) > 2 else array[0])
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _while_they_fit(tiles: Iterator[tuple[str, str]], budget: int) -> dict[str, str] | None:

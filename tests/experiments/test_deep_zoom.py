@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flopwise.report.deepzoom import TILE, Level, _key, _under, deep_zoom
+from flopwise.experiments.deep_zoom import TILE, Level, _key, _under, deep_zoom
 
 
 class Size:
