@@ -132,6 +132,37 @@ def demo_clustered(
     _print_paths(out)
 
 
+@demo_app.command("attention")
+def demo_attention(
+    seconds: Annotated[
+        float | None, typer.Option(help="Processor seconds of every run. Default: a demo of some minutes.")
+    ] = None,
+    out: Out = Path("report"),
+    full: Annotated[
+        bool, typer.Option(help="Every estimator and resolution, tuned rates, three seeds, six minutes a run: hours.")
+    ] = False,
+) -> None:
+    """Digits hidden in images of 1500 x 1500 pixels: a few patches against every pixel, with equal processor time.
+
+    Attention over a view at an eighth of the resolution says where to look; ten patches are read, and their features
+    stand for those of all patches, without bias. Networks over all pixels, at several resolutions, have the same time.
+    The page `index.html` shows errors against time and what was looked at.
+
+    Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
+    """
+    from flopwise.experiments import attention
+    from flopwise.experiments.attention_demo import show_glimpses
+
+    plan = attention.FULL if full else attention.QUICK
+    if seconds is not None:
+        if seconds <= 0:
+            raise typer.BadParameter(f"a budget is above zero seconds; got {seconds:g}.", param_hint="--seconds")
+        plan = replace(plan, seconds=seconds)
+    _run(lambda: (attention.compare(plan, out), show_glimpses(out, side=plan.side)), out)
+    _print_attention(Console(), out / "records.jsonl")
+    _print_paths(out)
+
+
 @demo_app.command("linear")
 def demo_linear(
     each: Annotated[int, typer.Option(min=1, help="New pictures of every digit.")] = 6,
@@ -367,6 +398,14 @@ def _progress(console: Console) -> Any:
         TimeElapsedColumn(),
         console=console,
     )
+
+
+def _print_attention(console: Console, path: Path) -> None:
+    """The result table."""
+    from flopwise.report import read_records
+    from flopwise.report.attention import COLUMNS, rows
+
+    _print_table(console, COLUMNS, rows(read_records(path)))
 
 
 def _print_linear(console: Console, path: Path) -> None:

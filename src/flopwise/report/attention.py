@@ -26,6 +26,7 @@ NAMES = {
     "cnn_8": "the whole image at 1/8",
 }
 OURS = "murthy"
+COLUMNS = ["method", "test error, %", "top-k at test time, %", "seeds", "rate", "images seen", "FLOPs"]
 
 
 def problem(record: Record) -> str | None:
@@ -42,16 +43,41 @@ def problem(record: Record) -> str | None:
     return without_number(record, NEEDS[kind])
 
 
+def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The runs of every method, in the order of `NAMES`; only those with the budget and image size of the last."""
+    runs: dict[str, list[Record]] = {}
+    ended = [r for r in records if r.get("experiment") == "attention" and r["kind"] == "run"]
+    for record in ended:
+        if all(record.get(name) == ended[-1].get(name) for name in ("budget", "data")):
+            runs.setdefault(record["method"], []).append(record)
+    return {method: runs[method] for method in [*NAMES, *runs] if method in runs}
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """One line a method, under `COLUMNS`."""
+    lines = []
+    for method, found in by_method(records).items():
+        error, spread = _error(found)
+        lines.append(
+            [
+                NAMES.get(method, method),
+                mean_std(100 * error, None if spread is None else 100 * spread),
+                _topk(found),
+                str(len(found)),
+                f"{found[0]['rate']:g}" if finite(found[0].get("rate")) else "–",
+                str(found[0]["examples"]),
+                flops_text(found[0]["flops"]) if finite(found[0].get("flops")) else "–",
+            ]
+        )
+    return lines
+
+
 def sections(records: Sequence[Record]) -> list[Section]:
     """Verdict, table and curves, cost, glimpses, limits, method; what has no data is left out."""
-    runs = {}
-    for record in records:
-        if record["kind"] == "run":
-            runs.setdefault(record["method"], []).append(record)
-    runs = {method: runs[method] for method in [*NAMES, *runs] if method in runs}
+    runs = by_method(records)
     found = [_verdict(runs)]
     if runs:
-        found.append(_comparison(runs))
+        found.append(_comparison(records, runs))
     if costs := [r for r in records if r["kind"] == "cost"]:
         found.append(_cost(costs))
     if looked := [r for r in records if r["kind"] == "looked"]:
@@ -92,7 +118,7 @@ def _verdict(runs: dict[str, list[Record]]) -> Section:
     return Section(title, paragraph(text, "lead") + cards(figures))
 
 
-def _comparison(runs: dict[str, list[Record]]) -> Section:
+def _comparison(records: Sequence[Record], runs: dict[str, list[Record]]) -> Section:
     series = []
     for colour, (method, found) in enumerate(runs.items()):
         first = found[0]["curve"]
@@ -104,26 +130,13 @@ def _comparison(runs: dict[str, list[Record]]) -> Section:
         if len(chosen) > 1:
             x, y = Axis("processor time", "s"), Axis("test error", "%")
             charts.append(line_chart(f"{name}: test error against time, seed 0", chosen[:4], x=x, y=y))
-    lines = []
-    for method, found in runs.items():
-        error, spread = _error(found)
-        lines.append(
-            [
-                NAMES.get(method, method),
-                mean_std(100 * error, None if spread is None else 100 * spread),
-                _topk(found),
-                str(len(found)),
-                f"{found[0]['rate']:g}" if finite(found[0].get("rate")) else "–",
-                str(found[0]["examples"]),
-                flops_text(found[0]["flops"]) if finite(found[0].get("flops")) else "–",
-            ]
-        )
-    columns = ["method", "test error, %", "top-k at test time, %", "seeds", "rate", "images seen", "FLOPs"]
     text = (
         "Large images hold five digits among fifty strokes: which digit is there three times? All methods have the "
         "same seconds; attention sampling and the networks over all pixels have the same layers."
     )
-    return Section("At equal seconds", paragraph(text) + side_by_side(charts) + table("Test error", columns, lines))
+    return Section(
+        "At equal seconds", paragraph(text) + side_by_side(charts) + table("Test error", COLUMNS, rows(records))
+    )
 
 
 def _topk(runs: Sequence[Record]) -> str:
