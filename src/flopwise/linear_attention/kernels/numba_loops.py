@@ -106,7 +106,7 @@ def transpose(x, out):
 @exactly
 @no_type_check
 def load(x, at, stride, count, width, out, ahead):
-    """A chunk's rows x[at + i stride : ... + width] into out (CHUNK, padded width); those `ahead` come next: fetch them."""
+    """Rows x[at + i stride : ... + width] of a chunk into out (CHUNK, padded width); those `ahead` of them come next."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
