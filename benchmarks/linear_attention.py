@@ -30,7 +30,7 @@ from flopwise.linear_attention import init_state, linear_attention, step
 
 RESULTS = Path(__file__).parent / "results" / "linear_attention.jsonl"
 HEADS, WIDTH = 8, 64
-ROUNDS = {512: 41, 1024: 31, 4096: 11, 8192: 7, 16384: 5}
+ROUNDS = {512: 41, 1024: 21, 4096: 9, 8192: 5, 16384: 3}
 FORWARD, BOTH = "forward", "forward and backward"
 GOALS = {(BOTH, 512): 3.5, (BOTH, 4096): 17, (BOTH, 16384): 55, (FORWARD, 8192): 40}  # causal, numba: times SDPA
 MEMORY_GOAL = 2000  # MB at 65536 positions

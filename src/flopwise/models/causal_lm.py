@@ -24,7 +24,7 @@ relu squared (So et al. 2021). The normaliser is a positive factor for each head
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -234,7 +234,7 @@ class LinearCausalLM(nn.Module):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
-        stop_tokens: tuple[int, ...] = (),
+        stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
         key_mask: Bool[Tensor, "b n"] | None = None,
         decoder: Decoder | None = None,

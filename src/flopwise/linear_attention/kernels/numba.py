@@ -16,7 +16,7 @@ from flopwise.linear_attention.kernels.torch import Gradients, Result
 
 AVAILABLE = find_spec("numba") is not None
 CHUNK = 16  # positions, what every kind of vector and tile divides; 32 costs more within a chunk than it saves across
-LARGE = 2**23  # bytes
+LARGE = 2**22  # bytes
 
 
 def obstacle(query: Tensor) -> str:

@@ -106,7 +106,7 @@ def transpose(x, out):
 @exactly
 @no_type_check
 def load(x, at, stride, count, width, out, ahead):
-    """A chunk's rows x[at + i stride : ... + width] into out (CHUNK, padded width); those `ahead` are needed next."""
+    """Rows x[at + i stride : ... + width] of a chunk into out (CHUNK, padded width); those `ahead` of them come next."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
@@ -203,11 +203,12 @@ def multiply(x, y):
 
 @exactly
 @no_type_check
-def store(x, out, at, stride, count, width):
-    """A chunk's rows into out[at + i stride : ... + width]: the reverse of `load`."""
+def store(x, out, at, stride, count, width, ahead):
+    """The reverse of `load`; memory is fetched to be written, too."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
+            prefetch(out, at + (i + ahead) * stride + e)
             scale_vector(np.float32(1), x, i * x.shape[1] + e, out, at + i * stride + e)
         for e in range(whole, width):
             out[at + i * stride + e] = x[i, e]
@@ -228,7 +229,7 @@ def store_state(state, memory, text, group):
     """The reverse of `load_state`."""
     _, groups, width, value_width = memory.shape
     at = (text * groups + group) * width * value_width
-    store(state, memory.reshape(-1), at, value_width, width, value_width)
+    store(state, memory.reshape(-1), at, value_width, width, value_width, 0)
 
 
 @compiled
@@ -288,7 +289,7 @@ def write_output(product, total, out, denominator, text, head, first, count, val
         denominator[0][at + i] = total[0, i]
     invert(total)
     scale_rows(product, total)
-    store(product, out[0], place(out, text, head, first), out[3], count, value_width)
+    store(product, out[0], place(out, text, head, first), out[3], count, value_width, CHUNK)
 
 
 @compiled
@@ -447,7 +448,7 @@ def causal_backward(
                 if use_elu:
                     load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                     through_elu(grad_e, q)
-                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width)
+                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width, CHUNK)
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
                 shrink(state_t, powers[0, count])
@@ -496,8 +497,8 @@ def causal_backward(
             add_outer(weights, r, grad_e)
             if use_elu:
                 through_elu(grad_e, k)
-            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)
-            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
+            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width, -CHUNK)
+            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width, -CHUNK)
         store_state(state, grad_memory, text, group)
         grad_normaliser[text, group] = z[0, :width]
 
@@ -573,7 +574,7 @@ def full_backward(
                 add_weighted_rows(total[0], q, r)
                 if use_elu:
                     through_elu(grad_e, q)
-                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width)
+                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width, CHUNK)
         transpose(R, R_t)
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
@@ -584,7 +585,7 @@ def full_backward(
             add_product(grad_m, k, R, False)
             if use_elu:
                 through_elu(grad_e, k)
-            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width)
-            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
+            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width, CHUNK)
+            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width, CHUNK)
         store_state(R, grad_memory, text, group)
         grad_normaliser[text, group] = r[0, :width]

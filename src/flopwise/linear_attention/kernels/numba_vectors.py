@@ -266,7 +266,7 @@ def prefetch(typing_context, x, at):
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
         line = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments), byte)
-        builder.call(function, [line, number(0), number(3), number(1)])  # to read, keep it close, data
+        builder.call(function, [line, number(0), number(2), number(1)])  # to read, into the second level, data
         return context.get_dummy_value()
 
     return types.none(x, types.int64), generate

@@ -14,7 +14,7 @@ from numba import njit
 F = np.float32
 EPS = F(1e-5)
 # sums in any order, which is what vectors need, but NaN stays NaN
-compiled = njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 
 @compiled
