@@ -188,7 +188,7 @@ def read_patches(
 def _read_tiles(
     images: Sequence[LazyImage], level: int, positions: Tensor, size: tuple[int, int], threads: int
 ) -> Tensor:
-    from flopwise.attention_sampling.readers.paste import Jobs
+    from flopwise.attention_sampling.readers.paste import Jobs, Patch
 
     channels = {image.channels for image in images}
     if len(channels) > 1:
@@ -198,10 +198,9 @@ def _read_tiles(
     for image, patches, places in zip(images, out, positions.tolist(), strict=True):
         if not 0 <= level < len(image.levels):
             raise ValueError(f"{image.name} has levels 0 to {len(image.levels) - 1}; got {level}.")
-        patches.fill_(image.fill)
         grid = image._reader().grids[level]
         for pixels, (y, x) in zip(patches.numpy(), places, strict=True):
-            jobs.add(grid, y, x, pixels)
+            jobs.add(grid, Patch(y, x, pixels, image.fill))
     others = [_pool("tiles", threads, os.getpid()).submit(jobs.work) for _ in range(min(threads, len(jobs)) - 1)]
     jobs.work()
     for other in others:
