@@ -2,8 +2,8 @@
 
     python benchmarks/attention_sampling.py        one thread, one process, the sides of a ratio alternating, medians
 
-Appends one record to benchmarks/results/attention_sampling.jsonl: the Monte Carlo table of the estimators, and CPU time and
-added memory of one training step against convolutional networks on the whole image.
+Appends one record to benchmarks/results/attention_sampling.jsonl: the Monte Carlo table of the estimators, and CPU time
+and added memory of one training step against convolutional networks on the whole image.
 """
 
 import json
@@ -51,7 +51,7 @@ def monte_carlo(share: float) -> dict[str, dict[str, float]]:
             logits = log_a.expand(500, -1).clone().requires_grad_()
             log_attention = logits.log_softmax(1)
             index = sample(log_attention, SAMPLES, replace=estimator in WITH_REPLACEMENT, generator=g)
-            value = expectation(log_attention.gather(1, index), features[index], estimator=estimator)  # type: ignore[arg-type]
+            value = expectation(log_attention.gather(1, index), features[index], estimator=estimator)
             (at_logits,) = torch.autograd.grad((value @ towards).sum(), logits)
             errors.append((value.detach() - phi).square().sum(1))
             gradient_errors.append((at_logits - gradient).square().sum(1))
