@@ -204,7 +204,8 @@ def _read_tiles(
     others = [_pool("tiles", threads, os.getpid()).submit(jobs.work) for _ in range(min(threads, len(jobs)) - 1)]
     jobs.work()
     for other in others:
-        other.result()
+        if not other.cancel():  # not begun: nothing was left to do
+            other.result()
     return out.permute(0, 1, 4, 2, 3)
 
 
