@@ -104,8 +104,8 @@ class LazyImage:
         """The whole image, its longer side at most `longest` pixels: the nearest finer level, averaged over areas."""
         finest = self.levels[0]
         scale = max(1.0, max(finest.height, finest.width) / longest)
-        level = self.levels[self.level_for(scale)]
-        pixels = self.read(self.levels.index(level), 0, 0, level.height, level.width)
+        number = self.level_for(scale)
+        pixels = self.read(number, 0, 0, self.levels[number].height, self.levels[number].width)
         size = max(1, round(finest.height / scale)), max(1, round(finest.width / scale))
         if size == tuple(pixels.shape[1:]):
             return pixels
