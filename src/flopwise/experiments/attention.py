@@ -255,7 +255,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, share: float) -> No
 
 
 def step(
-    model: GlimpseClassifier | WholeImage, optimizer: torch.optim.Optimizer, low: Tensor, images: list, labels: Tensor
+    model: GlimpseClassifier | WholeImage, optimizer: torch.optim.Optimizer, low: Tensor, images: Any, labels: Tensor
 ) -> float:
     """One optimizer step; returns the cross-entropy."""
     if isinstance(model, GlimpseClassifier):
