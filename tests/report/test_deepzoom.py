@@ -3,12 +3,16 @@
 import base64
 import io
 import json
+import shutil
+import subprocess
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flopwise.report.deepzoom import TILE, Level, _key, _under, deep_zoom
+from flopwise.report.deepzoom import TILE, Level, _key, _under, deep_zoom, viewer
 
 
 class Size:
@@ -102,3 +106,94 @@ def test_tiles_under_a_region(region: tuple[float, float, float, float]):
     }
     assert {_key(place) for place in _under(region, coarse.levels[0])} == expected
     assert expected <= set(page["levels"][-1]["tiles"])
+
+
+# --- in a browser ---
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<!doctype html><style>.zoom canvas { width: 300px; height: 200px; touch-action: none }</style>
+VIEWER<pre id="found"></pre>
+<script>requestAnimationFrame = (draw) => setTimeout(draw, 0); // headless, frames come when they like</script>
+<script>SCRIPT</script><script>
+const canvas = document.querySelector(".zoom canvas"), found = [];
+const copy = document.createElement("canvas"), pen = copy.getContext("2d", { willReadFrequently: true });
+const shot = (name) => new Promise((done) => setTimeout(() => {
+  [copy.width, copy.height] = [canvas.width, canvas.height];
+  pen.drawImage(canvas, 0, 0);
+  const at = (x, y) => Array.from(pen.getImageData(x, y, 1, 1).data).join(",");
+  found.push(`${name} ${canvas.dataset.view} ${at(150, 100)} ${at(1, 1)}`);
+  document.querySelector("#found").textContent = found.join("\\n");
+  done();
+}, 200));
+const press = (key) => canvas.dispatchEvent(new KeyboardEvent("keydown", { key }));
+const pointer = (type, x, y) => canvas.dispatchEvent(new PointerEvent(type, { pointerId: 1, clientX: x, clientY: y }));
+canvas.setPointerCapture = () => {};
+const wheel = () => canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -300, cancelable: true }));
+(async () => {
+  await shot("whole");
+  wheel(); await shot("unfocused");
+  for (let i = 0; i < 5; i++) press("+");
+  await shot("closer");
+  press("ArrowRight"); await shot("right");
+  pointer("pointerdown", 100, 100); pointer("pointermove", 137, 100); pointer("pointerup", 137, 100);
+  await shot("dragged");
+  press("0"); await shot("again");
+  canvas.focus(); wheel(); await shot("wheel");
+  document.querySelector("[data-box]").click(); await shot("box");
+})();
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+def test_in_a_browser(tmp_path: Path):
+    box = (2_000.0, 2_600.0, 100.0, 120.0)
+    image = Waves(3_000, 4_000)
+    markup = viewer(deep_zoom(image, regions=[box], budget=300_000), 'a "wave"', boxes=[box])
+    markup = markup.replace("</div>", '<button data-box="0">the patch</button></div>')
+    script = resources.files("flopwise.report").joinpath("deepzoom.js").read_text(encoding="utf-8")
+    (tmp_path / "probe.html").write_text(PROBE.replace("VIEWER", markup).replace("SCRIPT", script), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+        f"--user-data-dir={tmp_path / 'user'}",
+    ]
+    command += [
+        "--virtual-time-budget=6000",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        (tmp_path / "probe.html").as_uri(),
+    ]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    lines = done.stdout.split('<pre id="found">')[1].split("</pre>")[0].splitlines()
+    seen = {name: (list(map(float, view)), centre, corner) for name, *view, centre, corner in map(str.split, lines)}
+
+    def shows(name: str, y: float, x: float) -> None:
+        """The middle of the canvas has the colour that the image has at (y, x)."""
+        truth = image.read(0, round(y), round(x), 1, 1)[:, 0, 0].astype(int)
+        assert np.abs(np.array(list(map(int, seen[name][1].split(",")[:3]))) - truth).max() < 12, (
+            name,
+            seen[name],
+            truth,
+        )
+
+    (x, y, scale), _, corner = seen["whole"]
+    assert (
+        scale == pytest.approx(200 / 3000, abs=1e-4)
+        and y == pytest.approx(0, abs=1)
+        and x == pytest.approx(-250, abs=1)
+    )
+    assert corner == "0,0,0,0"  # beside the image
+    shows("whole", 1500, 2000)
+    assert seen["unfocused"] == seen["whole"]
+    assert seen["closer"][0][2] == pytest.approx(scale * 1.5**5, rel=1e-3)
+    shows("closer", 1500, 2000)
+    moved = 300 / 8 / seen["closer"][0][2]
+    assert seen["right"][0][0] - seen["closer"][0][0] == pytest.approx(moved, rel=1e-2)
+    shows("right", 1500, 2000 + moved)
+    assert seen["right"][0][0] - seen["dragged"][0][0] == pytest.approx(37 / seen["closer"][0][2], rel=1e-2)
+    assert seen["again"][0] == seen["whole"][0] and seen["wheel"][0][2] > 2 * scale
+    assert seen["box"][0][2] == pytest.approx(200 / 100 / 2, rel=1e-3)
+    shows("box", 2050, 2660)

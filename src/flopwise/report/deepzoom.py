@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from typing import Any, Protocol
 
 TILE = 256
@@ -80,6 +82,26 @@ def deep_zoom(
         "whole": whole,
         "levels": [level | {"tiles": found} for level, found in zip(levels, tiles, strict=True)],
     }
+
+
+def viewer(
+    tiles: dict[str, Any], label: str, *, boxes: Sequence[Region] = (), overlay: dict[str, Any] | None = None
+) -> str:
+    """The markup that `deepzoom.js` brings to life; its style is `.zoom canvas { width: 100%; height: ... }`.
+
+    Args:
+        tiles: what `deep_zoom` returned.
+        label: what the image shows, for those who do not see it.
+        boxes: drawn as outlines. An element with `data-box="i"` inside `.zoom`, when clicked, brings box i into view.
+        overlay: {"uri", "y", "x", "height", "width"}: a picture with transparency laid over that part of the image,
+            such as the attention. A checkbox inside `.zoom` turns it off.
+    """
+    outlines = [dict(zip(("y", "x", "height", "width"), box, strict=True)) for box in boxes]
+    data = json.dumps(tiles | {"boxes": outlines, "overlay": overlay}).replace("<", "\\u003c")
+    return (
+        f'<div class="zoom"><canvas tabindex="0" role="img" aria-label="{escape(label)}"></canvas>'
+        f'<script type="application/json">{data}</script></div>'
+    )
 
 
 def _under(region: Region, level: Level) -> Iterator[tuple[int, int]]:
