@@ -320,16 +320,16 @@ def look_at(
     The page `index.html` needs no server: the image to zoom into, the attention over it, and every patch that was read,
     by weight. Only these are read at full resolution, so that an image of 100,000 x 100,000 pixels takes seconds.
     """
+    from flopwise.report.look import write_look
+
     try:
         from flopwise.experiments.look import look
 
-        seen = look(image, model, out, patches=patches)
+        seen, pyramid, pixels = look(image, model, out, patches=patches)
+        write_look(out / "index.html", seen, pyramid, pixels)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"flopwise look: {error}", err=True)
         raise typer.Exit(2) from error
-    from flopwise.report.look import write_look
-
-    write_look(out / "seen.json", out / "index.html")
     rows = sorted(seen["probabilities"].items(), key=lambda pair: -pair[1])[:10]
     console = Console()
     _print_table(console, ["class", "probability"], [[name, f"{100 * p:.1f} %"] for name, p in rows])

@@ -1,4 +1,4 @@
-"""Broken TIFF files by the thousand: each must open, or raise ImageError, fast and in little memory.
+"""Broken image files by the thousand, most of them TIFF: each opens, or raises ImageError, fast and in little memory.
 
     python tests/attention_sampling/fuzz_headers.py [count] [first seed]
 
@@ -16,7 +16,9 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
+from PIL import Image
 from pyramids import photograph, write_pyramid
 
 from flopwise.attention_sampling.images import open_image
@@ -41,9 +43,14 @@ def originals(folder: Path) -> list[tuple[bytes, list[int]]]:
         "jpeg2000.tif": {"compression": "jpeg2000"},
     }
     pixels = photograph(150, 130)
-    files = []
     for name, options in kinds.items():
         write_pyramid(folder / name, pixels, **options)
+    others = ("image.png", "image.jpg", "image.npy")
+    Image.fromarray(pixels).save(folder / others[0])
+    Image.fromarray(pixels).save(folder / others[1])
+    np.save(folder / others[2], pixels)
+    files = []
+    for name in (*kinds, *others):
         data = (folder / name).read_bytes()
         files.append((data, list(directories_of(data))))
     return files

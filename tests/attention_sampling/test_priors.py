@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flopwise.attention_sampling import ReceptiveField, brightness, entropy, entropy_loss, local_contrast
-from flopwise.attention_sampling.priors import FLOOR, log_prior
+from flopwise.attention_sampling.priors import BLANK, FLOOR, log_prior
 
 
 @pytest.mark.parametrize("window", [1.0, 4.2, 5.3, 0.2])
@@ -17,6 +17,7 @@ def test_the_prior_is_the_mean_around_the_centre(field, window: float, generator
     ]
     found = log_prior(saliency, field, (sizes[0], sizes[1]), (window, window))
     assert found.shape == (2, 1, *sizes)
+    means = torch.zeros_like(found)
     padded = torch.nn.functional.pad(saliency, (20,) * 4)
     for row in range(sizes[0]):
         for column in range(sizes[1]):
@@ -28,8 +29,8 @@ def test_the_prior_is_the_mean_around_the_centre(field, window: float, generator
                 )
                 spans.append((centre - side / 2, side))
             (y, h), (x, w) = [(int(start) + 20, side) for start, side in spans]
-            mean = padded[:, :, y : y + h, x : x + w].mean((2, 3))
-            torch.testing.assert_close(found[:, :, row, column], (mean + FLOOR).log())
+            means[:, :, row, column] = padded[:, :, y : y + h, x : x + w].mean((2, 3))
+    torch.testing.assert_close(found, (means + FLOOR * means.mean((2, 3), keepdim=True) + BLANK).log())
 
 
 def test_saliencies(generator: torch.Generator):

@@ -1,17 +1,19 @@
 """The megapixel task: what is read is what is there, and the low view is its mean."""
 
+import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
 from flopwise.experiments.digits_in_noise import DIGITS, STROKES, DigitsInNoise, load_digits, strokes
 
 
-def test_the_low_view_is_the_mean_of_the_image():
-    low, images, labels = next(iter(DigitsInNoise(side=500, size=3)))
-    assert low.shape == (3, 1, 63, 63) and labels.shape == (3,)
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_the_low_view_is_the_mean_of_the_image(reduction: int):
+    low, images, labels = next(iter(DigitsInNoise(side=500, size=3, reduction=reduction)))
+    assert low.shape == (3, 1, 504 // reduction, 504 // reduction) and labels.shape == (3,)
     for view, image in zip(low, images, strict=True):
         whole = image.read(0, 0, 0, 504, 504)
-        torch.testing.assert_close(avg_pool2d(whole.float() / 255, 8), view)
+        torch.testing.assert_close(avg_pool2d(whole.float() / 255, reduction), view)
 
 
 def test_a_patch_is_a_part_of_the_image():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from pages import Balance, check, written
 
@@ -71,50 +72,43 @@ def test_any_part_of_the_records_makes_a_page(tmp_path, count):
     page_of(tmp_path, [RECORDS[count]])
 
 
-JPEG = "data:image/jpeg;base64,AA=="
+class Image:
+    """A pyramid of two levels, each of one grey."""
+
+    class Level:
+        def __init__(self, height: int, width: int, downsample: float) -> None:
+            self.height, self.width, self.downsample = height, width, downsample
+
+    levels = (Level(600, 1000, 1.0), Level(150, 250, 4.0))
+
+    def read(self, level: int, y: int, x: int, height: int, width: int) -> np.ndarray:
+        return np.full((1, height, width), 50 * level, np.uint8)
+
+
 SEEN = {
     "image": "a <slide>.tiff",
     "model": "model",
     "label": "ill",
     "probabilities": {"healthy": 0.25, "ill": 0.75},
     "microns_per_pixel": [0.5, 0.5],
-    "zoom": {
-        "width": 1000,
-        "height": 600,
-        "tile": 256,
-        "levels": [
-            {"downsample": 4.0, "width": 250, "height": 150, "tiles": {"0,0": JPEG}},
-            {"downsample": 1.0, "width": 1000, "height": 600, "tiles": {"1,3": JPEG}},
-        ],
-    },
     "attention": {"rows": [[0.5, 0.25], [0.25, 0.0]], "corner": [-10.0, 4.0], "step": [300.0, 490.0]},
     "patches": [
-        {"y": -3, "x": 700, "height": 40, "width": 40, "weight": 0.25, "picture": JPEG},
-        {"y": 300, "x": 20, "height": 40, "width": 40, "weight": 0.75, "picture": JPEG},
+        {"y": -3, "x": 700, "height": 40, "width": 40, "weight": 0.25},
+        {"y": 300, "x": 20, "height": 40, "width": 40, "weight": 0.75},
     ],
 }
 
 
-def look_page(tmp_path, seen) -> str:
-    (tmp_path / "seen.json").write_text(json.dumps(seen))
-    write_look(tmp_path / "seen.json", tmp_path / "index.html")
-    return (tmp_path / "index.html").read_text()
-
-
-def test_look_lays_tiles_attention_and_patches_over_one_another_in_pixels_of_the_image(tmp_path):
-    text = look_page(tmp_path, SEEN)
+def test_look_joins_tiles_attention_and_patches_in_pixels_of_the_image(tmp_path):
+    write_look(tmp_path / "index.html", SEEN, Image(), np.zeros((2, 1, 40, 40), np.uint8))
+    text = (tmp_path / "index.html").read_text()
     balance = Balance()
     balance.feed(text)
     assert balance.open == [] and all(source.startswith("data:image/") for source in balance.sources)
-    assert 'viewBox="0 0 1000 600"' in text
-    assert 'x="0" y="0" width="1000" height="600"' in text  # the coarse tile covers all of it
-    assert 'x="768" y="256" width="232" height="256"' in text  # a fine one, cut at the right edge
-    assert 'x="4" y="-10" width="980" height="600"' in text  # the attention
-    assert 'data-number="0" x="700" y="-3" width="40" height="40"' in text
-    assert text.index('data-patch="1"') < text.index('data-patch="0"')  # the heavier first
+    data = json.loads(text.split('<script type="application/json">')[1].split("</script>")[0])
+    assert (data["width"], data["height"], len(data["levels"])) == (1000, 600, 2)
+    overlay = {name: value for name, value in data["overlay"].items() if name != "uri"}
+    assert overlay == {"y": -10.0, "x": 4.0, "height": 600.0, "width": 980.0}
+    assert data["boxes"][0] == {"y": -3, "x": 700, "height": 40, "width": 40}
+    assert text.index('data-box="1"') < text.index('data-box="0"')  # the heavier first
     assert "a &lt;slide&gt;.tiff" in text and "0.150" in text and "0.5 %" in text
-
-
-def test_look_refuses_what_it_did_not_write(tmp_path):
-    with pytest.raises(ValueError, match="has no zoom"):
-        look_page(tmp_path, {name: value for name, value in SEEN.items() if name != "zoom"})

@@ -104,8 +104,8 @@ class LazyImage:
         """The whole image, its longer side at most `longest` pixels: the nearest finer level, averaged over areas."""
         finest = self.levels[0]
         scale = max(1.0, max(finest.height, finest.width) / longest)
-        level = self.levels[self.level_for(scale)]
-        pixels = self.read(self.levels.index(level), 0, 0, level.height, level.width)
+        number = self.level_for(scale)
+        pixels = self.read(number, 0, 0, self.levels[number].height, self.levels[number].width)
         size = max(1, round(finest.height / scale)), max(1, round(finest.width / scale))
         if size == tuple(pixels.shape[1:]):
             return pixels
@@ -188,7 +188,7 @@ def read_patches(
 def _read_tiles(
     images: Sequence[LazyImage], level: int, positions: Tensor, size: tuple[int, int], threads: int
 ) -> Tensor:
-    from flopwise.attention_sampling.readers.paste import Jobs
+    from flopwise.attention_sampling.readers.paste import Jobs, Patch
 
     channels = {image.channels for image in images}
     if len(channels) > 1:
@@ -198,14 +198,14 @@ def _read_tiles(
     for image, patches, places in zip(images, out, positions.tolist(), strict=True):
         if not 0 <= level < len(image.levels):
             raise ValueError(f"{image.name} has levels 0 to {len(image.levels) - 1}; got {level}.")
-        patches.fill_(image.fill)
         grid = image._reader().grids[level]
         for pixels, (y, x) in zip(patches.numpy(), places, strict=True):
-            jobs.add(grid, y, x, pixels)
+            jobs.add(grid, Patch(y, x, pixels, image.fill))
     others = [_pool("tiles", threads, os.getpid()).submit(jobs.work) for _ in range(min(threads, len(jobs)) - 1)]
     jobs.work()
     for other in others:
-        other.result()
+        if not other.cancel():  # not begun: nothing was left to do
+            other.result()
     return out.permute(0, 1, 4, 2, 3)
 
 

@@ -71,8 +71,9 @@ class AttentionSampling(nn.Module):
         patch_size: in pixels of `high`, one number or (height, width).
         n_patches: how many are read of each image.
         estimator: see `expectation`; "topk" takes the n positions with the most attention, for inference.
-        prior: "brightness", "local_contrast", a function of `low`, or None. Adds beta log(1e-3 + saliency) to the
-            logits, beta learned from 1.
+        prior: "brightness", "local_contrast", a function of `low`, or None. Adds beta log(saliency) to the logits,
+            beta learned; see `log_prior`.
+        prior_strength: beta at the start.
         smoothing: the share of the attention that is spread evenly over all positions.
         receptive_field: of `attention`; found from its layers where it is None.
         reduction: nested, the resolution of this module's `low`: 8 is an eighth of the finest.
@@ -95,6 +96,7 @@ class AttentionSampling(nn.Module):
         n_patches: int,
         estimator: Estimator = "murthy",
         prior: Prior = None,
+        prior_strength: float = 1.0,
         smoothing: float = 0.0,
         receptive_field: ReceptiveField | None = None,
         reduction: int = 1,
@@ -109,7 +111,7 @@ class AttentionSampling(nn.Module):
         self.estimator: Estimator = estimator
         self.field = receptive_field or receptive_field_of(attention)
         self.saliency = saliency_of(prior)
-        self.beta = nn.Parameter(torch.ones(())) if self.saliency else None
+        self.beta = nn.Parameter(torch.tensor(float(prior_strength))) if self.saliency else None
         if isinstance(feature, AttentionSampling) and any(side % feature.reduction for side in self.patch_size):
             raise ValueError(
                 f"a region that is looked into again is a multiple of the inner reduction, {feature.reduction}; got "

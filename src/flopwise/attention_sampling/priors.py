@@ -16,7 +16,8 @@ from flopwise.attention_sampling.patches import Pair, ReceptiveField
 
 Saliency = Callable[[Tensor], Tensor]  # (B, C, h, w) -> (B, 1, h, w), not negative
 Prior = Literal["brightness", "local_contrast"] | Saliency | None
-FLOOR = 1e-3  # of the saliency: where there is none, attention is low, not impossible
+FLOOR = 1e-2  # of an image's mean saliency: where there is none, attention is low, not impossible
+BLANK = 1e-6  # added, for an image without any
 
 
 def brightness(low: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
@@ -50,7 +51,9 @@ def saliency_of(prior: Prior) -> Saliency | None:
 def log_prior(
     saliency: Float[Tensor, "b 1 h w"], field: ReceptiveField, map_size: Pair, window: tuple[float, float]
 ) -> Float[Tensor, "b 1 rows columns"]:
-    """log(1e-3 + the mean saliency in a window around the centre of every position); outside the image it is 0.
+    """log(s + 0.01 mean(s)), s the mean saliency in a window around the centre of a position, 0 outside the image.
+
+    The constant is relative to the image's own mean, so that dark and bright images are treated alike.
 
     Args:
         field: places the positions on the low-resolution view.
@@ -65,7 +68,8 @@ def log_prior(
         needed = (map_size[d] - 1) * field.stride[d] + side
         sides.append(side)
         pads = [before, needed - saliency.shape[2 + d] - before, *pads]  # F.pad wants the last dimension first
-    return (F.avg_pool2d(F.pad(saliency, pads), sides, field.stride) + FLOOR).log()
+    around = F.avg_pool2d(F.pad(saliency, pads), sides, field.stride)
+    return (around + FLOOR * around.mean((2, 3), keepdim=True) + BLANK).log()
 
 
 def entropy(log_attention: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:

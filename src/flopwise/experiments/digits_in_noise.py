@@ -1,7 +1,7 @@
 """Megapixel images, made on the fly: five digits among fifty strokes. Which digit is there three times?
 
-The task of Katharopoulos & Fleuret, ICML 2019, section 4.2. Nothing is as large as an image: a batch is a list of glyphs and
-their places; `read` draws the pixels that are asked for, and the low-resolution view is made from the glyphs.
+The task of Katharopoulos & Fleuret, ICML 2019, section 4.2. Nothing is as large as an image: a batch is a list of
+glyphs and their places; `read` draws the pixels that are asked for, and the low view is made from the glyphs.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,8 @@ GLYPH = 28  # pixels, the side of a digit or a stroke
 CELL = 50  # glyphs lie in different cells of a grid of this many pixels, somewhere: they do not overlap
 DIGITS, SAME = 5, 3  # digits in an image, and how many of them are of the class that is asked for
 STROKES = 50
-REDUCTION = 8  # of the low-resolution view, along a side
+MULTIPLE = 8  # pixels: an image's side is padded to a multiple of it
 KINDS_OF_STROKES = 4000
-COVERED = -(-(GLYPH + REDUCTION - 1) // REDUCTION)  # low-resolution pixels that a glyph may touch, along a side
 
 
 class DigitImage:
@@ -49,20 +48,23 @@ class DigitImage:
 class DigitsInNoise:
     """A loader of batches (low, images, labels), without end, that can say where it is.
 
-    low is (b, 1, side / 8, side / 8), the mean over squares of 8 x 8 pixels; images are `DigitImage`s. All of it follows
-    from `seed` and the number of the batch. Training and test images have different digits and strokes.
+    low is (b, 1, side / reduction, side / reduction), the mean over squares of pixels; images are `DigitImage`s. All of
+    it follows from `seed` and the number of the batch. Training and test images have different digits and strokes.
 
     Args:
         side: of an image, in pixels; padded to a multiple of 8 with background.
+        reduction: of the low-resolution view, along a side: 1, 2, 4 or 8.
         size: images in a batch.
         split: "train" or "test".
     """
 
-    def __init__(self, *, side: int = 1500, size: int = 32, split: str = "train", seed: int = 0) -> None:
+    def __init__(
+        self, *, side: int = 1500, reduction: int = 8, size: int = 32, split: str = "train", seed: int = 0
+    ) -> None:
         self.cells = side // CELL
         if self.cells**2 < DIGITS + STROKES:
             raise ValueError(f"an image holds {DIGITS + STROKES} glyphs in cells of {CELL} pixels; got side={side}.")
-        self.side, self.size, self.seed = -(-side // REDUCTION) * REDUCTION, size, seed
+        self.side, self.reduction, self.size, self.seed = -(-side // MULTIPLE) * MULTIPLE, reduction, size, seed
         self.digits, self.labels = load_digits(split)
         self.strokes = strokes(KINDS_OF_STROKES, seed=int(split == "test"))
         self.of_class = [(self.labels == label).nonzero()[:, 0] for label in range(10)]
@@ -102,22 +104,25 @@ class DigitsInNoise:
         jitter = torch.randint(CELL - GLYPH + 1, (b, glyphs, 2), generator=generator)
         at = torch.stack([cell // self.cells, cell % self.cells], -1) * CELL + jitter
         images = [DigitImage(ink[i], at[i], self.side) for i in range(b)]
-        return low_view(ink, at, self.side), images, classes[:, 0]
+        return low_view(ink, at, self.side, self.reduction), images, classes[:, 0]
 
 
-def low_view(ink: UInt8[Tensor, "b n 28 28"], at: Int[Tensor, "b n 2"], side: int) -> Float[Tensor, "b 1 h w"]:
-    """The mean over squares of 8 x 8 pixels, from the glyphs alone: P_y glyph P_x^T, added where the glyph lies."""
+def low_view(
+    ink: UInt8[Tensor, "b n 28 28"], at: Int[Tensor, "b n 2"], side: int, reduction: int
+) -> Float[Tensor, "b 1 h w"]:
+    """The mean over squares of pixels, from the glyphs alone: P_y glyph P_x^T, added where the glyph lies."""
     b, n = at.shape[:2]
-    place = torch.arange(COVERED * REDUCTION).view(COVERED, REDUCTION, 1)
-    inside = place == torch.arange(GLYPH) + torch.arange(REDUCTION)[:, None, None, None]
-    pooling = inside.float().sum(2) / REDUCTION  # (offset, covered, 28)
-    start, offset = at.flatten(0, 1) // REDUCTION, at.flatten(0, 1) % REDUCTION
+    covered = -(-(GLYPH + reduction - 1) // reduction)  # low-resolution pixels that a glyph may touch, along a side
+    place = torch.arange(covered * reduction).view(covered, reduction, 1)
+    inside = place == torch.arange(GLYPH) + torch.arange(reduction)[:, None, None, None]
+    pooling = inside.float().sum(2) / reduction  # (offset, covered, 28)
+    start, offset = at.flatten(0, 1) // reduction, at.flatten(0, 1) % reduction
     pooled = pooling[offset[:, 0]] @ (ink.flatten(0, 1).float() / 255) @ pooling[offset[:, 1]].mT
-    low = side // REDUCTION
-    cells = torch.arange(COVERED)
-    index = (start[:, :1, None] + cells[:, None]) * low + start[:, 1:, None] + cells  # the next image's padding: 0
+    low = side // reduction
+    cells = torch.arange(covered)
+    index = (start[:, :1, None] + cells[:, None]) * low + start[:, 1:, None] + cells  # what reaches over an edge is 0
     index = (index + (torch.arange(b).repeat_interleave(n) * low**2)[:, None, None]).flatten()
-    pixels = torch.zeros(b * low**2 + COVERED * low)
+    pixels = torch.zeros(b * low**2 + covered * low)
     return pixels.index_add(0, index, pooled.flatten())[: b * low**2].view(b, 1, low, low)
 
 
@@ -137,7 +142,7 @@ def load_digits(split: str) -> tuple[UInt8[Tensor, "n 28 28"], Int[Tensor, " n"]
 
 @lru_cache(2)
 def strokes(count: int, *, seed: int) -> UInt8[Tensor, "n 28 28"]:
-    """Curved lines as thick and as bright as the digits': quadratic Bezier curves through three random points."""
+    """Curved lines as bright as the digits' and a little thinner: quadratic Bezier curves from three random points."""
     generator = torch.Generator().manual_seed(seed)
     t = torch.linspace(0, 1, 40)[:, None]
     pixels = torch.arange(GLYPH) + 0.5
@@ -147,5 +152,5 @@ def strokes(count: int, *, seed: int) -> UInt8[Tensor, "n 28 28"]:
         path = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c  # (500, 40, 2)
         y, x = ((path[:, :, None, d] - pixels) ** 2 for d in (0, 1))
         nearest = torch.stack([(y[i, :, :, None] + x[i, :, None]).amin(0) for i in range(500)])
-        drawn.append((255 * (1.4 * torch.exp(-nearest / (2 * 1.1**2))).clamp(max=1)).byte())
+        drawn.append((255 * (1.3 * torch.exp(-nearest / (2 * 0.9**2))).clamp(max=1)).byte())
     return torch.cat(drawn)[:count]

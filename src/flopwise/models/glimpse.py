@@ -30,8 +30,8 @@ class GlimpseConfig:
         patch_size: pixels of the finest resolution, along a side.
         n_patches: read of each image.
         reduction: of the low-resolution view, along a side: 8 means an eighth.
-        estimator, prior, smoothing, seed: see `AttentionSampling`; a prior is saved by its name. The seed also gives
-            the initial weights.
+        estimator, prior, prior_strength, smoothing, seed: see `AttentionSampling`; a prior is saved by its name. The
+            seed also gives the initial weights.
         attention_width, feature_width: channels of the two networks' hidden layers.
         features: D.
         scale: the L2 norm of a patch's features.
@@ -44,6 +44,7 @@ class GlimpseConfig:
     reduction: int = 8
     estimator: Estimator = "murthy"
     prior: str | None = "local_contrast"
+    prior_strength: float = 1.0
     smoothing: float = 0.05
     attention_width: int = 8
     feature_width: int = 32
@@ -117,11 +118,13 @@ class GlimpseClassifier(nn.Module):
             n_patches=config.n_patches,
             estimator=config.estimator,
             prior=config.prior,  # type: ignore[arg-type]
+            prior_strength=config.prior_strength,
             smoothing=config.smoothing,
             seed=config.seed,
         )
         self.head = nn.Linear(config.features, len(config.names))
         initialise(self, torch.Generator().manual_seed(config.seed))
+        nn.init.zeros_(self.look.attention[-1].weight)  # type: ignore[index]  # attention begins as the prior
 
     def forward(self, low: Any, high: Any, **options: Any) -> Classified:
         """Logits of a batch and what was seen; the arguments are those of `AttentionSampling.forward`."""
@@ -241,7 +244,7 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01, generator=generator)
+                nn.init.normal_(module.weight, std=0.1, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

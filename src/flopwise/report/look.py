@@ -1,6 +1,5 @@
 """What a classifier saw in one image: a page with the image to zoom into, the attention over it, and the patches."""
 
-import json
 import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -8,25 +7,31 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from flopwise.report.deepzoom import Pyramid, as_jpeg, deep_zoom, viewer
 from flopwise.report.page import Section, cards, page, paragraph, table
 from flopwise.report.pictures import png
 from flopwise.report.words import number, percent
 
 OVERLAY = (230, 80, 0)  # the attention's colour; how much of it is how much attention
-NEEDED = ("image", "model", "label", "probabilities", "zoom", "attention", "patches")
 
 
-def write_look(seen_path: Path, page_path: Path) -> None:
-    """Write the page of what `flopwise look` saw, whole or not at all.
+def write_look(page_path: Path, seen: Mapping[str, Any], image: Pyramid, pixels: Sequence[Any]) -> None:
+    """Write the page of what a classifier saw, whole or not at all.
+
+    Args:
+        seen: "image", "model", "label", "probabilities" of all classes, "attention" {"rows", "corner", "step"} in pixels
+            of the image, "patches" [{"y", "x", "height", "width", "weight"}] and perhaps "microns_per_pixel".
+        image: of which tiles are put into the page.
+        pixels: of every patch, (channels, height, width) of 8 bits.
 
     Raises:
-        ValueError: `seen_path` is not what `flopwise look` writes.
+        ImportError: Pillow is missing.
     """
-    seen = json.loads(seen_path.read_text(encoding="utf-8"))
-    missing = [name for name in NEEDED if name not in seen]
-    if missing:
-        raise ValueError(f"{seen_path} is not what `flopwise look` wrote: it has no {', '.join(missing)}.")
-    text = page(f"{seen['image']}: {seen['label']}", sections(seen), script="look.js")
+    regions = [tuple(patch[name] for name in ("y", "x", "height", "width")) for patch in seen["patches"]]
+    zoom = deep_zoom(image, regions=regions)
+    pictures = [as_jpeg(patch) for patch in pixels]
+    text = page(f"{seen['image']}: {seen['label']}", sections(seen, zoom, pictures), script="deepzoom.js")
+    page_path.parent.mkdir(parents=True, exist_ok=True)
     part = page_path.with_name(f".{page_path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -35,10 +40,10 @@ def write_look(seen_path: Path, page_path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def sections(seen: Mapping[str, Any]) -> list[Section]:
-    """Verdict, the image, the patches, method."""
+def sections(seen: Mapping[str, Any], zoom: dict[str, Any], pictures: Sequence[str]) -> list[Section]:
+    """Verdict, the image with its patches, method."""
     ranked = sorted(seen["probabilities"].items(), key=lambda pair: -pair[1])
-    zoom, patches = seen["zoom"], seen["patches"]
+    patches = seen["patches"]
     read = sum(p["height"] * p["width"] for p in patches)
     total = zoom["height"] * zoom["width"]
     figures = [
@@ -49,51 +54,25 @@ def sections(seen: Mapping[str, Any]) -> list[Section]:
     if len(ranked) > 1:
         body = table("All classes", ["class", "probability"], [[name, percent(p)] for name, p in ranked[:10]])
         verdict = Section(verdict.title, verdict.body + body)
-    looked = Section("Where it looked", _viewer(seen))
-    return [verdict, looked, Section("The patches, by weight", _patches(seen)), _method(seen)]
+    return [verdict, Section("Where it looked", _looked(seen, zoom, pictures)), _method(seen, zoom)]
 
 
-def _viewer(seen: Mapping[str, Any]) -> str:
-    """The image as an SVG in its own pixels: tiles from coarse to fine, attention, outlines; `look.js` moves it."""
-    zoom, attention = seen["zoom"], seen["attention"]
-    width, height = zoom["width"], zoom["height"]
-    tiles = []
-    for level in zoom["levels"]:
-        side, factor = zoom["tile"], level["downsample"]
-        for place, picture in level["tiles"].items():
-            row, column = map(int, place.split(","))
-            wide, high = min(side, level["width"] - column * side), min(side, level["height"] - row * side)
-            tiles.append(
-                f'<image x="{column * side * factor:g}" y="{row * side * factor:g}" width="{wide * factor:g}" '
-                f'height="{high * factor:g}" preserveAspectRatio="none" href="{picture}"/>'
-            )
-    rows = attention["rows"]
-    high, wide = len(rows) * attention["step"][0], len(rows[0]) * attention["step"][1]
-    top, left = attention["corner"]
-    overlay = (
-        f'<image class="attention" x="{left:g}" y="{top:g}" width="{wide:g}" height="{high:g}" '
-        f'preserveAspectRatio="none" href="{_overlay(rows)}"/>'
+def _looked(seen: Mapping[str, Any], zoom: dict[str, Any], pictures: Sequence[str]) -> str:
+    """The image to zoom into, the attention over it, and the patches: `deepzoom.js` joins them."""
+    attention, patches = seen["attention"], seen["patches"]
+    rows, (top, left), (down, across) = attention["rows"], attention["corner"], attention["step"]
+    overlay = {"uri": _overlay(rows), "y": top, "x": left, "height": len(rows) * down, "width": len(rows[0]) * across}
+    boxes = [tuple(patch[name] for name in ("y", "x", "height", "width")) for patch in patches]
+    label = f"{seen['image']}, {zoom['width']} x {zoom['height']} pixels, with the patches that were read"
+    shown = viewer(zoom, label, boxes=boxes, overlay=overlay).removesuffix("</div>")
+    switch = '<p><label><input type="checkbox" checked> the attention over it</label></p>'
+    note = paragraph(
+        "Drag or pinch; + and - zoom, 0 shows all, arrow keys move, and so does the wheel once the image was clicked. "
+        "Where nothing was read at full resolution, a coarser level is shown. Press a patch to find it. A patch's weight "
+        "is its share in the estimate of the features.",
+        "note",
     )
-    outlines = []
-    for i, patch in enumerate(seen["patches"]):
-        place = " ".join(f'{name}="{patch[name]}"' for name in ("x", "y", "width", "height"))
-        title = f"patch {i + 1}, weight {percent(patch['weight'])}"
-        outlines.append(f'<rect class="patch" data-number="{i}" {place}><title>{escape(title)}</title></rect>')
-    alt = escape(f"{seen['image']}, {width} x {height} pixels, with the patches that were read")
-    return (
-        '<figure class="look"><div class="tools" role="group" aria-label="view">'
-        '<button type="button" data-do="in">zoom in</button><button type="button" data-do="out">zoom out</button>'
-        '<button type="button" data-do="all">whole image</button>'
-        '<label><input type="checkbox" data-show="attention" checked> attention</label>'
-        '<label><input type="checkbox" data-show="patch" checked> patches</label></div>'
-        f'<svg class="viewer" tabindex="0" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-        f"{''.join(tiles)}{overlay}<g>{''.join(outlines)}</g></svg></figure>"
-        + paragraph(
-            "Drag to move; the wheel, + and - zoom; arrow keys move. Where nothing was read at full resolution, what "
-            "is shown comes from a coarser level.",
-            "note",
-        )
-    )
+    return f'<figure class="look">{shown}{switch}{_patches(seen, pictures)}</div></figure>{note}'
 
 
 def _overlay(rows: Sequence[Sequence[float]]) -> str:
@@ -103,25 +82,21 @@ def _overlay(rows: Sequence[Sequence[float]]) -> str:
     return f"data:image/png;base64,{b64encode(png(lines, len(rows[0]), channels=4)).decode()}"
 
 
-def _patches(seen: Mapping[str, Any]) -> str:
-    order = sorted(range(len(seen["patches"])), key=lambda i: -seen["patches"][i]["weight"])
-    scale = seen.get("microns_per_pixel")
-    items = []
-    for i in order:
+def _patches(seen: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The patches, the heaviest first."""
+    scale, items = seen.get("microns_per_pixel"), []
+    for i in sorted(range(len(pictures)), key=lambda i: -seen["patches"][i]["weight"]):
         patch = seen["patches"][i]
-        where = f"y {patch['y']}, x {patch['x']}"
+        words = f"{percent(patch['weight'])}; y {patch['y']}, x {patch['x']}"
         if scale:
-            where += f" ({number(patch['y'] * scale[0] / 1000)}, {number(patch['x'] * scale[1] / 1000)} mm)"
-        words, picture = f"{percent(patch['weight'])}; {where}", patch["picture"]
-        shown = f'<img class="heat" alt="patch {i + 1}" src="{picture}">'
-        items.append(f'<li><button type="button" data-patch="{i}">{shown}</button>{escape(words)}</li>')
-    return f'<ul class="patches">{"".join(items)}</ul>' + paragraph(
-        "A patch's weight is its share in the estimate of the features. Press one to find it in the image.", "note"
-    )
+            words += f" ({number(patch['y'] * scale[0] / 1000)}, {number(patch['x'] * scale[1] / 1000)} mm)"
+        shown = f'<img class="heat" alt="patch {i + 1}" src="{pictures[i]}">'
+        items.append(f'<li><button type="button" data-box="{i}">{shown}</button>{escape(words)}</li>')
+    return f'<ul class="patches">{"".join(items)}</ul>'
 
 
-def _method(seen: Mapping[str, Any]) -> Section:
-    zoom, scale = seen["zoom"], seen.get("microns_per_pixel")
+def _method(seen: Mapping[str, Any], zoom: Mapping[str, Any]) -> Section:
+    scale = seen.get("microns_per_pixel")
     rows = [
         ["image", f"{seen['image']}, {zoom['width']} x {zoom['height']} pixels"],
         ["resolution", f"{number(scale[0])} x {number(scale[1])} microns a pixel" if scale else "not in the file"],

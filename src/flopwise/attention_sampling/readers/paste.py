@@ -2,12 +2,26 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from flopwise.attention_sampling.readers.base import Grid
 
-Patch = tuple[int, int, np.ndarray]  # y and x of its top-left pixel in its level, and where its pixels go
+
+class Patch(NamedTuple):
+    """Where a patch is and where its pixels go.
+
+    Attributes:
+        y, x: of the top-left pixel, in pixels of its level.
+        out: (h, w, channels), written by one thread at each pixel.
+        fill: for what is absent in the file or outside the image.
+    """
+
+    y: int
+    x: int
+    out: np.ndarray
+    fill: int
 
 
 def tiles_under(grid: Grid, y: int, x: int, height: int, width: int) -> Iterator[tuple[int, int]]:
@@ -21,22 +35,21 @@ def tiles_under(grid: Grid, y: int, x: int, height: int, width: int) -> Iterator
 
 
 def paste_tile(grid: Grid, row: int, column: int, patches: Iterable[Patch]) -> None:
-    """Decode one tile and copy it into all the patches that touch it. What is absent or outside is left as it was."""
+    """Decode one tile and copy it into all the patches that touch it."""
     tile = grid.tile(row, column)
-    if tile is None:
-        return
     top, left = row * grid.tile_height, column * grid.tile_width
     bottom, right = min(top + grid.tile_height, grid.height), min(left + grid.tile_width, grid.width)
-    for y, x, out in patches:
+    for y, x, out, fill in patches:
         y0, y1 = max(y, top), min(y + out.shape[0], bottom)
         x0, x1 = max(x, left), min(x + out.shape[1], right)
-        out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+        pixels = fill if tile is None else tile[y0 - top : y1 - top, x0 - left : x1 - left]
+        out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels
 
 
 def paste_region(grid: Grid, y: int, x: int, out: np.ndarray) -> None:
-    """One patch, tile after tile."""
+    """One patch that lies in the image, tile after tile; what is absent is 0."""
     for row, column in tiles_under(grid, y, x, *out.shape[:2]):
-        paste_tile(grid, row, column, [(y, x, out)])
+        paste_tile(grid, row, column, [Patch(y, x, out, 0)])
 
 
 class Jobs:
@@ -46,13 +59,17 @@ class Jobs:
         self._tiles: dict[tuple[Grid, int, int], list[Patch]] = {}
         self._todo: deque[tuple[tuple[Grid, int, int], list[Patch]]] = deque()
 
-    def add(self, grid: Grid, y: int, x: int, out: np.ndarray) -> None:
-        for row, column in tiles_under(grid, y, x, *out.shape[:2]):
+    def add(self, grid: Grid, patch: Patch) -> None:
+        y, x, out, fill = patch
+        height, width = out.shape[:2]
+        if y < 0 or x < 0 or y + height > grid.height or x + width > grid.width:
+            out.fill(fill)
+        for row, column in tiles_under(grid, y, x, height, width):
             patches = self._tiles.get((grid, row, column))
             if patches is None:
                 patches = self._tiles[grid, row, column] = []
                 self._todo.append(((grid, row, column), patches))
-            patches.append((y, x, out))
+            patches.append(patch)
 
     def __len__(self) -> int:
         return len(self._todo)

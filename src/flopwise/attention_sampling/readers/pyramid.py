@@ -94,7 +94,7 @@ def tiles(source: Grid, factor: int, channels: int) -> Iterator[np.ndarray]:
     width = max(BLOCK // side, math.ceil(source.tile_width / side)) * side
     for y in range(0, source.height, side):
         for x in range(0, source.width, width):
-            block = np.zeros((min(side, source.height - y), min(width, source.width - x), channels), np.uint8)
+            block = np.empty((min(side, source.height - y), min(width, source.width - x), channels), np.uint8)
             paste_region(source, y, x, block)
             block = even(block, side)
             if factor == 2:

@@ -2,13 +2,14 @@
 
 import base64
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from html import escape
+from typing import Any, Protocol
 
 TILE = 256
 
 
-@runtime_checkable
 class Level(Protocol):
     @property
     def height(self) -> int: ...
@@ -18,7 +19,6 @@ class Level(Protocol):
     def downsample(self) -> float: ...
 
 
-@runtime_checkable
 class Pyramid(Protocol):
     """What is shown: levels, the finest first, whose pixels are read as (channels, height, width) of 8 bits."""
 
@@ -84,6 +84,26 @@ def deep_zoom(
     }
 
 
+def viewer(
+    tiles: dict[str, Any], label: str, *, boxes: Sequence[Region] = (), overlay: dict[str, Any] | None = None
+) -> str:
+    """The markup that `deepzoom.js` brings to life; its style is `.zoom canvas { width: 100%; height: ... }`.
+
+    Args:
+        tiles: what `deep_zoom` returned.
+        label: what the image shows, for those who do not see it.
+        boxes: drawn as outlines. An element with `data-box="i"` inside `.zoom`, when clicked, brings box i into view.
+        overlay: {"uri", "y", "x", "height", "width"}: a picture with transparency laid over that part of the image,
+            such as the attention. A checkbox inside `.zoom` turns it off.
+    """
+    outlines = [dict(zip(("y", "x", "height", "width"), box, strict=True)) for box in boxes]
+    data = json.dumps(tiles | {"boxes": outlines, "overlay": overlay}).replace("<", "\\u003c")
+    return (
+        f'<div class="zoom"><canvas tabindex="0" role="img" aria-label="{escape(label)}"></canvas>'
+        f'<script type="application/json">{data}</script></div>'
+    )
+
+
 def _under(region: Region, level: Level) -> Iterator[tuple[int, int]]:
     """(row, column) of the tiles of `level` that a region touches, in pixels of that level."""
     y, x, height, width = region
@@ -103,13 +123,16 @@ def _encoded(image: Pyramid, number: int, places: Iterable[tuple[int, int]], qua
 
 
 def as_jpeg(pixels: Any, quality: int = 80) -> str:
-    """(channels, height, width) of 8 bits as a JPEG data URI; the first three channels, or the only one.
+    """(channels, height, width) of 8 bits as a JPEG data URI: the first three channels, or the only one.
 
     Raises:
         ImportError: Pillow is missing.
     """
-    import numpy as np
-    from PIL import Image
+    try:
+        import numpy as np
+        from PIL import Image
+    except ImportError as cause:
+        raise ImportError(f"showing an image needs {cause.name}: pip install 'flopwise[images]'") from cause
 
     array = np.asarray(pixels)
     picture = Image.fromarray(array[:3].transpose(1, 2, 0) if len(array) > 2 else array[0])
