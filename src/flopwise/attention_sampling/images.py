@@ -17,7 +17,7 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, UInt8
@@ -31,6 +31,7 @@ OPEN_FILES = 32  # in one process; the least recently read is closed
 ALMOST = 0.01  # relative, of a downsample: levels are rounded to whole pixels
 
 
+@runtime_checkable
 class Readable(Protocol):
     """All that a lazy image must do; `LazyImage` does it for files and arrays."""
 

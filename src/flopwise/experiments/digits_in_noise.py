@@ -128,7 +128,7 @@ def low_view(
 
 @lru_cache(2)
 def load_digits(split: str) -> tuple[UInt8[Tensor, "n 28 28"], Int[Tensor, " n"]]:
-    """The digits that the package ships, `split` "train" (8,000) or "test" (the last fifth of each), and their classes."""
+    """The digits that the package ships, for `split` "train" or "test" (the last fifth of each), and their classes."""
     folder = files("flopwise.experiments") / "data"
     images, labels = (read_idx(folder / f"digits-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
     chosen = []

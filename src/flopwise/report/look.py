@@ -19,8 +19,8 @@ def write_look(page_path: Path, seen: Mapping[str, Any], image: Pyramid, pixels:
     """Write the page of what a classifier saw, whole or not at all.
 
     Args:
-        seen: "image", "model", "label", "probabilities" of all classes, "attention" {"rows", "corner", "step"} in pixels
-            of the image, "patches" [{"y", "x", "height", "width", "weight"}] and perhaps "microns_per_pixel".
+        seen: "image", "model", "label", "probabilities" of all classes, "attention" {"rows", "corner", "step"} in
+            pixels of the image, "patches" [{"y", "x", "height", "width", "weight"}], perhaps "microns_per_pixel".
         image: of which tiles are put into the page.
         pixels: of every patch, (channels, height, width) of 8 bits.
 
@@ -67,9 +67,9 @@ def _looked(seen: Mapping[str, Any], zoom: dict[str, Any], pictures: Sequence[st
     shown = viewer(zoom, label, boxes=boxes, overlay=overlay).removesuffix("</div>")
     switch = '<p><label><input type="checkbox" checked> the attention over it</label></p>'
     note = paragraph(
-        "Drag or pinch; + and - zoom, 0 shows all, arrow keys move, and so does the wheel once the image was clicked. "
-        "Where nothing was read at full resolution, a coarser level is shown. Press a patch to find it. A patch's weight "
-        "is its share in the estimate of the features.",
+        "Drag or pinch; + and - zoom, 0 shows all, arrow keys move; the wheel zooms once the image was clicked. Where "
+        "nothing was read at full resolution, a coarser level is shown. Press a patch to find it. A patch's weight is "
+        "its share in the estimate of the features.",
         "note",
     )
     return f'<figure class="look">{shown}{switch}{_patches(seen, pictures)}</div></figure>{note}'
