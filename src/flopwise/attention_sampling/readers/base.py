@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 def missing(extra: str, why: str, cause: ImportError) -> ImportError:
@@ -24,6 +24,7 @@ class ImageError(ValueError):
     """A file that is broken, hostile or of a kind that is not read here. The message says which and what to do."""
 
 
+@runtime_checkable
 class Grid(Protocol):
     """One level of a pyramid, cut into tiles of one size; those at the lower and right edge may be smaller."""
 

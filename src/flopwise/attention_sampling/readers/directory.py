@@ -7,6 +7,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import finalize
 
 from flopwise.attention_sampling.readers.base import ImageError
 
@@ -34,13 +35,9 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
+        finalize(self, os.close, self.descriptor)  # also at the interpreter's exit, when __del__ may find no `os`
         self.size = os.fstat(self.descriptor).st_size
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
 
     def read(self, offset: int, count: int) -> bytes:
         if offset + count > self.size:
