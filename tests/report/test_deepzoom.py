@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def test_tiles_under_a_region(region: tuple[float, float, float, float]):
     }
     assert {_key(place) for place in _under(region, coarse.levels[0])} == expected
     assert expected <= set(page["levels"][-1]["tiles"])
+
+
+def test_without_pillow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"needs PIL: pip install 'flopwise\[images\]'"):
+        deep_zoom(Waves(100, 100))
 
 
 # --- in a browser ---

@@ -115,8 +115,11 @@ def _under(region: Region, level: Level) -> Iterator[tuple[int, int]]:
 
 def _encoded(image: Pyramid, number: int, places: Iterable[tuple[int, int]], quality: int) -> Iterator[tuple[str, str]]:
     """(key, data URI) of tiles, one after the other."""
-    import numpy as np
-    from PIL import Image
+    try:
+        import numpy as np
+        from PIL import Image
+    except ImportError as cause:
+        raise ImportError(f"showing an image needs {cause.name}: pip install 'flopwise[images]'") from cause
 
     level = image.levels[number]
     for row, column in places:
