@@ -397,6 +397,8 @@ class TestExtras:
             ("tifffile", "a.tif", "images"),
             ("imagecodecs", "a.tif", "images"),
             ("PIL", "a.png", "images"),
+            ("tifffile", "a.png", "images"),
+            ("imagecodecs", "a.png", "images"),
             ("zarr", "a.zarr", "zarr"),
             ("openslide", "a.mrxs", "openslide"),
         ],

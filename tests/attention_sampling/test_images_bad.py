@@ -193,7 +193,7 @@ class TestSizes:
             {256: (LONG, [2**17]), 257: (LONG, [rows]), 258: (SHORT, [8]), 259: (SHORT, [8]), 262: (SHORT, [1]),
              273: (LONG, [16] * (rows // 512)), 278: (LONG, [512]), 279: (LONG, [100] * (rows // 512))},
         )  # fmt: skip
-        refused(path, "at most 17179869184 pixels")
+        refused(path, "of at most 17179869184 pixels; its coarsest has 262144 x 131072")
 
     @pytest.mark.parametrize("name", ["width", "height", "tile_width", "tile_height"])
     def test_zero(self, name: str, path: Path):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -165,7 +165,7 @@ def read_patches(
     size: tuple[int, int],
     *,
     threads: int | None = None,
-) -> UInt8[Tensor, "batch n channels height width"]:
+) -> Num[Tensor, "batch n channels height width"]:
     """The patches of a batch of images: n of each, at `positions`, (y, x) of the top-left pixel, in pixels of `level`.
 
     Every tile is read and decoded once, however many patches share it, by `threads` threads: by default as many as

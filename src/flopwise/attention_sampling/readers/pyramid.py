@@ -11,17 +11,16 @@ import numpy as np
 from flopwise.attention_sampling.readers.arrays import COARSEST, even, halved
 from flopwise.attention_sampling.readers.base import Grid, ImageError, Reader, missing
 from flopwise.attention_sampling.readers.paste import paste_region
+from flopwise.attention_sampling.readers.tiff import open_tiff
 
 try:
     import tifffile
-
-    from flopwise.attention_sampling.readers.tiff import open_tiff
 except ImportError as cause:
     raise missing("images", "building a pyramid", cause) from cause
 
 TILE = 256
 BLOCK = 4096  # pixels of a row that are read at once, unless the source's own tiles are wider
-PIXELS = 2**34  # of the finest level: 131,072 squared
+PIXELS = 2**34  # of the level that is copied or halved: 131,072 squared
 
 
 def complete(reader: Reader, cached: Path, name: object) -> Reader:
@@ -31,11 +30,11 @@ def complete(reader: Reader, cached: Path, name: object) -> Reader:
     that the next one overwrites.
     """
     if not cached.exists():
-        finest = reader.grids[0]
-        if finest.height * finest.width > PIXELS:
+        source = reader.grids[-1]
+        if source.height * source.width > PIXELS:
             raise ImageError(
-                f"{name}: a pyramid is built here for at most {PIXELS} pixels; got {finest.height} x {finest.width}. "
-                "Write the file with its pyramid."
+                f"{name}: coarser levels are built here of at most {PIXELS} pixels; its coarsest has {source.height} x "
+                f"{source.width}. Write the file with its pyramid."
             )
         cached.parent.mkdir(parents=True, exist_ok=True)
         part = cached.with_suffix(".part")
@@ -56,11 +55,8 @@ def complete(reader: Reader, cached: Path, name: object) -> Reader:
 
 
 def build(reader: Reader, path: Path) -> None:
-    """Halve `reader`'s coarsest level until it fits one tile; a sequential reader's finest level is copied first."""
-    source, factor = reader.grids[-1], 1 if reader.sequential else 2
-    if reader.sequential:
-        source = reader.grids[0]
-    append = False
+    """Halve `reader`'s coarsest level until it has 64 pixels; a sequential reader's only level is copied first."""
+    source, factor, append = reader.grids[-1], 1 if reader.sequential else 2, False
     path.write_bytes(b"")
     while True:
         height, width = math.ceil(source.height / factor), math.ceil(source.width / factor)
