@@ -326,7 +326,7 @@ def look_at(
         from flopwise.experiments.look import look
 
         seen, pyramid, pixels = look(image, model, out, patches=patches)
-        write_look(out / "index.html", seen, pyramid, pixels)
+        write_look(out / "index.html", seen, pyramid, list(pixels))
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"flopwise look: {error}", err=True)
         raise typer.Exit(2) from error
