@@ -3,8 +3,8 @@
     python benchmarks/linear_decoding.py        one thread, one process, alternating, medians of CPU time; ten minutes
 
 256 wide, 8 layers, 8 heads, feed-forward 1024, vocabulary 256, float32, random weights, inference mode; beside the
-speeds stand those of the matrices alone, which bound them, and what int8 costs the shipped model. Appends one record to
-benchmarks/results/linear_decoding.jsonl.
+speeds stand those of the matrices alone, which bound them, and what int8 costs the shipped digit model. Appends one
+record to benchmarks/results/linear_decoding.jsonl.
 """
 
 import json
@@ -17,8 +17,8 @@ from typing import Any, get_args
 
 import torch
 
-from flopwise.experiments import shakespeare
-from flopwise.experiments.linear import bits_per_byte_decoded, shipped
+from flopwise.experiments import digits
+from flopwise.experiments.linear import bits_decoded, shipped
 from flopwise.experiments.linear_baseline import SoftmaxCausalLM
 from flopwise.experiments.linear_speed import Work, measure
 from flopwise.experiments.runner import provenance
@@ -30,7 +30,6 @@ SIZE: dict[str, Any] = {"vocab_size": 256, "dim": 256, "depth": 8, "heads": 8, "
 LENGTHS = (784, 3072)
 ROUNDS = {1: 15, 32: 5}
 BURST = {1: 6, 32: 1}
-PLAY = 10_000  # bytes of Macbeth that the shipped model reads with both kinds of weights
 
 
 def matrices(packed: Packed) -> list[Matrix]:
@@ -115,9 +114,9 @@ def main() -> None:
     linear, softmax = LinearCausalLM(**SIZE), SoftmaxCausalLM(**SIZE)
     record: dict[str, Any] = {"benchmark": "linear_decoding", "size": SIZE, "threads": 1}
     record["first_step_seconds"] = warm_up()
-    play = shakespeare.load()[1][:PLAY]
-    trained = shipped("shakespeare")
-    record["bits_per_byte"] = {weights: bits_per_byte_decoded(trained, play, weights) for weights in get_args(Weights)}
+    held_out = digits.load()[1][::10].long()
+    trained = shipped("digits")
+    record["bits_per_pixel"] = {weights: bits_decoded(trained, held_out, weights) for weights in get_args(Weights)}
     record["batches"] = [decode(linear, softmax, batch) for batch in (1, 32)]
     print(json.dumps(record, indent=2))
     with RESULTS.open("a") as file:

@@ -288,3 +288,15 @@ def test_a_sampling_is_the_distribution_it_names(generator):
 def test_a_sampling_that_is_none_is_explained(options, says: str):
     with pytest.raises(ValueError, match=says):
         Sampling(**options)
+
+
+@NO_NUMBA
+def test_the_vectors_exponential_is_exp():
+    from flopwise.models.kernels import numba
+
+    x = -torch.rand(2000, generator=torch.Generator().manual_seed(0)).mul(87)
+    x[:3] = torch.tensor([0.0, -87.0, -1e-6])
+    got = torch.tensor([float(numba._exp(numba.F(value))) for value in x.tolist()], dtype=torch.float64)
+    assert ((got / x.double().exp() - 1).abs() < 5e-7).all()
+    assert numba._exp(numba.F("nan")) != numba._exp(numba.F("nan"))
+    assert 0 < numba._exp(numba.F("-inf")) < 1e-37

@@ -28,6 +28,7 @@ from flopwise.experiments.linear_baseline import SoftmaxCausalLM
 from flopwise.experiments.linear_speed import measure
 from flopwise.experiments.runner import Records, run_all
 from flopwise.models import LinearCausalLM, Sampling
+from flopwise.models.decoding import Weights
 
 Task = Literal["digits", "shakespeare"]
 Method = Literal["linear", "modern", "softmax"]
@@ -198,16 +199,12 @@ def bits_per_dim(model: LinearCausalLM, task: Task, test_set: UInt8[Tensor, "...
     return total / count / math.log(2)
 
 
-@torch.no_grad()
-def bits_per_byte_decoded(
-    model: LinearCausalLM, text: UInt8[Tensor, " n"], weights: Literal["float32", "int8"]
-) -> float:
-    """Bits for a byte of a play that is read from its beginning by the decoder, one byte after the other."""
-    decoder, total = model.decoder(weights=weights), 0.0
-    ids = text.long()
-    for here, after in zip(ids[:-1, None], ids[1:], strict=True):
-        total -= decoder.step(here)[0].log_softmax(-1)[after].item()
-    return total / (len(ids) - 1) / math.log(2)
+def bits_decoded(model: LinearCausalLM, ids: Int[Tensor, "b n"], weights: Weights) -> float:
+    """Bits for a token after the first, when the decoder reads sequences token by token; see `bits_per_dim`."""
+    decoder, total = model.decoder(len(ids), weights=weights), 0.0
+    for here, after in zip(ids.T[:-1].contiguous(), ids.T[1:], strict=True):
+        total += cross_entropy(decoder.step(here), after, reduction="sum").item()
+    return total / ids[:, 1:].numel() / math.log(2)
 
 
 def paint(model: LinearCausalLM, each: int, generator: torch.Generator, temperature: float = 1.0) -> dict[str, Any]:

@@ -43,23 +43,23 @@ class Decoder:
             ids = decoder.generate(100, sampling=Sampling(temperature=0.8), generator=generator)
         many = decoder.fork(16)                    # 16 sequences that go on from here
 
+    Args:
+        model: a `LinearCausalLM`. Its weights are copied: a decoder does not follow later training.
+        batch: sequences that are decoded together.
+        weights: "int8" rounds every matrix to 8 bits, a scale for each row; a quarter of the memory to read. A prompt
+            goes through the model's own weights. Where torch multiplies, the rounded weights are kept in float32: the
+            same numbers, no gain.
+        backend: "numba" (CPU), "torch", or whichever can run.
+
     Attributes:
         backend: what decodes, and `because`: why that was chosen.
         logits: of the token that comes next; None before the first.
+
+    Raises:
+        ValueError: an option is not known, or numba was asked for and cannot run.
     """
 
     def __init__(self, model: Any, batch: int = 1, *, weights: Weights = "float32", backend: Backend = "auto") -> None:
-        """
-        Args:
-            model: a `LinearCausalLM`. Its weights are copied: a decoder does not follow later training.
-            weights: "int8" rounds every matrix to 8 bits, a scale for each row; a quarter of the memory to read. A
-                prompt goes through the model's own weights. Where torch multiplies, the rounded weights are kept in
-                float32: the same numbers, no gain.
-            backend: "numba" (CPU), "torch", or whichever can run.
-
-        Raises:
-            ValueError: an option is not known, or numba was asked for and cannot run.
-        """
         for name, value, known in (("weights", weights, Weights), ("backend", backend, Backend)):
             if value not in get_args(known):
                 raise ValueError(f"{name} is one of {', '.join(get_args(known))}; got {value!r}.")
@@ -69,7 +69,8 @@ class Decoder:
         if backend == "numba" and obstacle:
             raise ValueError(f"backend='numba' cannot run: {obstacle}")
         self.backend = "torch" if obstacle or backend == "torch" else "numba"
-        self.because = obstacle if obstacle and backend == "auto" else f"backend={backend!r}"
+        reason = obstacle or "numba is installed and the model is on the CPU."
+        self.because = reason if backend == "auto" else f"backend={backend!r} was asked for."
         self._kernels: Any = torch_kernels
         if self.backend == "numba":
             from flopwise.models.kernels import numba as numba_kernels

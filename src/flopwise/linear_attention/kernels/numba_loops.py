@@ -106,7 +106,7 @@ def transpose(x, out):
 @exactly
 @no_type_check
 def load(x, at, stride, count, width, out, ahead):
-    """Rows x[at + i stride : ... + width] of a chunk into out (CHUNK, padded width); those `ahead` of them come next."""
+    """Rows x[at + i stride : ... + width] of a chunk into out (CHUNK, padded width); those `ahead` come next."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
@@ -244,12 +244,29 @@ def scale_rows(x, factors):
 
 @compiled
 @no_type_check
-def add_dots(x, y, y_stride, partial, partial_t, out):
-    """out[0, i] += x[i] . y[i y_stride : ...]: LANES sums of each row, then, transposed, the sums of those."""
+def dot_rows(x, y, y_stride, partial):
+    """partial[i] (LANES) adds up to x[i] . y[i y_stride : ...]."""
     columns = x.shape[1]
     for i in range(CHUNK):
         dot_vector(x, i * columns, y, i * y_stride, columns, partial, i * LANES)
+
+
+@compiled
+@no_type_check
+def add_row_sums(x, partial):
+    """partial[i] adds up to the sum of x[i] more."""
+    columns = x.shape[1]
+    for i in range(CHUNK):
+        for e in range(0, columns, LANES):
+            add_scaled_vector(np.float32(1), x, i * columns + e, partial, i * LANES)
+
+
+@compiled
+@no_type_check
+def add_up(partial, partial_t, out):
+    """out[0, i] = sum of partial[i], transposed so that whole vectors are added."""
     transpose(partial, partial_t)
+    out[:] = 0
     add_rows(partial_t, out)
 
 
@@ -346,8 +363,7 @@ def causal_forward(
     q_scaled, k_scaled = (matrix(CHUNK, E), matrix(CHUNK, E)) if decays else (q, k)
     attention, past, powers = matrix(CHUNK, CHUNK), matrix(CHUNK, CHUNK), matrix(1, CHUNK + 1)
     product, S, z = matrix(CHUNK, M), matrix(E, M), matrix(1, E)
-    partial, partial_t, total, ones = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK), matrix(1, CHUNK)
-    ones[:] = 1
+    partial, partial_t, total = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK)
     powers_of(np.float32(1), powers, past)
     for row in range(start, stop):
         text, group = row // groups, row % groups
@@ -369,9 +385,9 @@ def causal_forward(
                     weigh(q, powers, 1, 1, count, q_scaled)
                 add_product(product, q_scaled, S, False)
                 add_product_past(product, attention, v)
-                total[:] = 0
-                add_dots(q_scaled, z, 0, partial, partial_t, total)
-                add_dots(attention, ones, 0, partial, partial_t, total)
+                dot_rows(q_scaled, z, 0, partial)
+                add_row_sums(attention, partial)
+                add_up(partial, partial_t, total)
                 write_output(product, total, out, denominator, text, head, first, count, value_width)
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
@@ -429,8 +445,8 @@ def causal_backward(
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
                 read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
                 load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
-                total[:] = 0
-                add_dots(g, y, M, partial, partial_t, total)
+                dot_rows(g, y, M, partial)
+                add_up(partial, partial_t, total)
                 for i in range(CHUNK):
                     share[i] = -total[0, i]
                 add_product(grad_attention, g, v_t, False)
@@ -530,8 +546,8 @@ def full_forward(
                 count = min(CHUNK, bounds[text, 1] - first)
                 load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                 add_product(product, q, S, False)
-                total[:] = 0
-                add_dots(q, z, 0, partial, partial_t, total)
+                dot_rows(q, z, 0, partial)
+                add_up(partial, partial_t, total)
                 write_output(product, total, out, denominator, text, head, first, count, value_width)
         store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
@@ -565,8 +581,8 @@ def full_backward(
                 load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
                 read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
                 load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
-                total[:] = 0
-                add_dots(g, y, M, partial, partial_t, total)
+                dot_rows(g, y, M, partial)
+                add_up(partial, partial_t, total)
                 shrink(total, np.float32(-1))  # the share of the denominator
                 add_product(grad_e, g, S_t, False)
                 add_outer(total[0], z, grad_e)

@@ -6,6 +6,7 @@ whatever the number of sequences. Compiled once and then cached on disk.
 `no_type_check` keeps the tests' shape checks, which wrap Python functions, away from what numba compiles.
 """
 
+import math
 from typing import no_type_check
 
 import numpy as np
@@ -13,6 +14,8 @@ from numba import njit
 
 F = np.float32
 EPS = F(1e-5)
+LOG2_HIGH = F(0.693145751953125)  # log 2 in 16 bits, whose product with an exponent is exact, and what is missing
+LOG2_LOW = F(math.log(2) - 0.693145751953125)
 # sums in any order, which is what vectors need, but NaN stays NaN
 compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
@@ -92,11 +95,11 @@ def attend(modern, layer, projected, taps, decay, memory, normaliser, recent, ou
     for b in range(len(out)):
         qkv = projected[b]
         if modern:
-            _convolve(qkv, taps[layer], recent[layer, b])
+            _convolve(qkv[: 3 * dim], taps[layer], recent[layer, b])
             for part in range(2 * heads):
                 _to_unit_rms(qkv[part * width : (part + 1) * width])
         for i in range(2 * dim):
-            qkv[i] = qkv[i] + F(1) if qkv[i] > 0 else np.exp(qkv[i])
+            qkv[i] = max(qkv[i], F(0)) + _exp(min(qkv[i], F(0)))
         for h in range(heads):
             first = h * width
             y = out[b, first : first + width]
@@ -119,7 +122,8 @@ def attend(modern, layer, projected, taps, decay, memory, normaliser, recent, ou
                 _to_unit_rms(y)
                 for m in range(width):
                     gate = projected[b, 3 * dim + first + m]
-                    y[m] *= gate / (F(1) + np.exp(-gate))
+                    small = _exp(-abs(gate))
+                    y[m] *= gate * (F(1) if gate > 0 else small) / (F(1) + small)
 
 
 @compiled
@@ -136,15 +140,19 @@ def activate(modern, hidden):
 def _convolve(qkv, taps, recent):
     """The causal convolution of the newest inputs, which move on by one, with the taps of each channel."""
     last = len(recent)
-    for i in range(taps.shape[1]):
+    oldest = recent[0]
+    for i in range(len(qkv)):  # the oldest is not needed again: its place holds the sum
+        oldest[i] *= taps[0, i]
+    for t in range(1, last):
+        for i in range(len(qkv)):
+            oldest[i] += recent[t, i] * taps[t, i]
+    for i in range(len(qkv)):
         newest = qkv[i]
-        total = newest * taps[last, i]
-        for t in range(last):
-            total += recent[t, i] * taps[t, i]
-        for t in range(last - 1):
-            recent[t, i] = recent[t + 1, i]
-        recent[last - 1, i] = newest
-        qkv[i] = total
+        qkv[i] = oldest[i] + newest * taps[last, i]
+        oldest[i] = newest
+    for t in range(last - 1):  # what is newest goes from the front to the end
+        for i in range(len(qkv)):
+            recent[t, i], recent[t + 1, i] = recent[t + 1, i], recent[t, i]
 
 
 @compiled
@@ -156,3 +164,20 @@ def _to_unit_rms(x):
     factor = F(1) / np.sqrt(square / F(len(x)) + EPS)
     for i in range(len(x)):
         x[i] *= factor
+
+
+@compiled
+@no_type_check
+def _exp(x):
+    """exp of a number that is not positive, within 5e-7 of itself; unlike numpy's, loops over it become vectors.
+
+    exp(x) = 2^n exp(r) with r = x - n log 2 in [-log(2)/2, log(2)/2], n an integer: exp(r) is seven terms of its
+    series, and 2^n a float32 with the exponent n. Below -87 it is exp(-87), some 1e-38.
+    """
+    x = max(x, F(-87))
+    n = np.floor(x * F(1 / math.log(2)) + F(0.5))
+    r = (x - n * LOG2_HIGH) - n * LOG2_LOW
+    series = F(1 / 720)
+    for factorial in (120, 24, 6, 2, 1, 1):
+        series = series * r + F(1 / factorial)
+    return series * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
