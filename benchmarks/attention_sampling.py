@@ -6,6 +6,7 @@ Appends one record to benchmarks/results/attention_sampling.jsonl: the Monte Car
 and added memory of one training step against convolutional networks on the whole image.
 """
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -108,6 +109,8 @@ def print_added_memory(method: str, side: int) -> None:
     step, images = training_step(method, side)
     small, _ = training_step(method, 400)  # brings in what is paid once a process: code, threads, workspaces
     small()
+    del small
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that the step has to ask for it again
     status = Path("/proc/self/status")
 
     def megabytes(name: str) -> float:

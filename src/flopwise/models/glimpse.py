@@ -123,6 +123,7 @@ class GlimpseClassifier(nn.Module):
         self.head = nn.Linear(config.features, len(config.names))
         initialise(self, torch.Generator().manual_seed(config.seed))
         nn.init.zeros_(self.look.attention[-1].weight)  # type: ignore[index]  # attention begins as the prior
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
 
     def forward(self, low: Any, high: Any, **options: Any) -> Classified:
         """Logits of a batch and what was seen; the arguments are those of `AttentionSampling.forward`."""
@@ -168,7 +169,7 @@ class GlimpseClassifier(nn.Module):
         safetensors = _safetensors()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.save_file(self.state_dict(), folder / WEIGHTS)
+        safetensors.save_file({name: p.contiguous() for name, p in self.state_dict().items()}, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps({"model": type(self).__name__, **asdict(self.config)}, indent=2) + "\n")
 
     @classmethod
