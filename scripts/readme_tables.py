@@ -16,7 +16,13 @@ from flopwise.report.importance import markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/clustered_attention.md", "src/flopwise/clustered_attention/README.md")
+PAGES = (
+    "README.md",
+    "docs/importance_sampling.md",
+    "docs/linear_attention.md",
+    "docs/clustered_attention.md",
+    "src/flopwise/clustered_attention/README.md",
+)
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -93,6 +99,41 @@ def clustered_speed() -> str:
     return "\n".join(rows)
 
 
+def linear_speed() -> str:
+    """The causal operator against SDPA, by length."""
+    found = newest("linear_attention", "kind", "causal", "direction", "backend", "length")
+    lengths = sorted({key[4] for key in found if key[0] == "speed" and key[1]})
+    rows = [f"| causal, 8 heads of 64 | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+    for backend in ("numba", "torch"):
+        for direction in ("forward", "forward and backward"):
+            records = [found["speed", True, direction, backend, length] for length in lengths]
+            rows.append(f"| {direction}, {backend} | {' | '.join(_times(r['speedup']) for r in records)} |")
+    both = [found["speed", True, "forward and backward", "numba", length] for length in lengths]
+    errors, shares = ([f"{max(r['errors']):.0e}" for r in both], [f"{r['share_of_matmul']:.0%}" for r in both])
+    rows.append(f"| largest error against float64, numba | {' | '.join(errors)} |")
+    rows.append(f"| share of the matmul rate, numba | {' | '.join(shares)} |")
+    return "\n".join(rows)
+
+
+def linear_decoding() -> str:
+    """Tokens a second of a decoder with 256 features, 8 layers and 8 heads, and the gains."""
+    record = json.loads((RESULTS / "linear_decoding.jsonl").read_text().splitlines()[-1])
+    rows = [
+        "| batch, steps | linear, tokens/s | softmax with a cache | gain | gain over no cache |",
+        "|---|---|---|---|---|",
+    ]
+    for part in record["batches"]:
+        for row in part["lengths"]:
+            for name in part["step_ms"]:
+                rates = row["tokens_per_second"]
+                weights = ", int8" if "int8" in name else ""
+                rows.append(
+                    f"| {part['batch']}, {row['length']}{weights} | {rates[name]:.0f} | {rates['cache']:.0f} "
+                    f"| {row['gain over cache'][name]:.2g} x | {row['gain over no cache'][name]:.0f} x |"
+                )
+    return "\n".join(rows)
+
+
 def _times(speed: float) -> str:
     return f"{speed:.2g}" if speed < 10 else f"{speed:.1f}"
 
@@ -107,6 +148,8 @@ README_LINES = (
 TABLES = {
     "importance": importance,
     "overhead": overhead,
+    "linear-speed": linear_speed,
+    "linear-decoding": linear_decoding,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
     "clustered-speed": clustered_speed,
