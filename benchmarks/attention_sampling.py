@@ -28,7 +28,7 @@ from flopwise.models import GlimpseClassifier
 RESULTS = Path(__file__).parent / "results" / "attention_sampling.jsonl"
 POSITIONS, SAMPLES, WIDTH, PEAKS, DRAWS = 2500, 10, 32, 5, 4000
 SHARES = {"peaked": 0.9, "diffuse": 0.0}  # of the mass on the peaks
-SIDES = (752, 1504, 3000)
+SIDES = (752, 1504, 3000)  # pixels, multiples of 8
 WHOLE = ("cnn_1", "cnn_2", "cnn_4")
 BATCH = 8  # of attention sampling; the whole image goes one by one
 ROUNDS = 5

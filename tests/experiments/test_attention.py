@@ -81,10 +81,11 @@ def test_attention_waits_for_features():
     model = make_model(Run("murthy", 0, 1.0))
     optimizer = torch.optim.Adam([{"params": p} for p in attention.parameter_groups(model)], 1.0)
     rates = []
-    for share in (0.0, 0.1, 0.15, 0.2, 1.0):
+    for waits in (0.0, 1.0, 1.5, 2.0):
+        share = waits * attention.ATTENTION_WAITS
         attention.set_rates(optimizer, 1.0, share)
-        rates.append(optimizer.param_groups[1]["lr"] / max(optimizer.param_groups[0]["lr"], 1e-9))
-    assert rates[:4] == pytest.approx([0.0, 0.0, 0.5, 1.0])
+        rates.append(optimizer.param_groups[1]["lr"] / optimizer.param_groups[0]["lr"] / attention.ATTENTION_RATE)
+    assert rates == pytest.approx([0.0, 0.0, 0.5, 1.0])
     names = {id(p) for p in model.parameters()}
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(names)

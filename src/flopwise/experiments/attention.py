@@ -30,7 +30,8 @@ TEST_IMAGES = 2000
 TEST_SEED = 1_000_000
 CURVE_POINTS, CURVE_IMAGES = 10, 500
 CHECKPOINT_SECONDS = 15.0
-ATTENTION_WAITS = 0.1  # share of the budget in which attention stays the prior; it learns at full rate from twice that
+ATTENTION_WAITS = 0.07  # share of the budget in which attention stays the prior; it learns at full rate from twice that
+ATTENTION_RATE = 3.0  # times the other networks' learning rate: its gradient is small and its network smaller
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def make_model(run: Run) -> GlimpseClassifier | WholeImage:
         classes=10,
         n_patches=run.n_patches,
         prior="brightness",
-        prior_strength=2.0,
+        prior_strength=3.0,
         smoothing=0.02,
         estimator=run.method if run.method in ESTIMATORS else "murthy",  # type: ignore[arg-type]
         seed=run.seed,
@@ -251,7 +252,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, share: float) -> No
 
     others, attention = optimizer.param_groups
     others["lr"] = rate * cosine(share)
-    attention["lr"] = others["lr"] * min(1.0, max(0.0, share / ATTENTION_WAITS - 1))
+    attention["lr"] = ATTENTION_RATE * others["lr"] * min(1.0, max(0.0, share / ATTENTION_WAITS - 1))
 
 
 def step(
