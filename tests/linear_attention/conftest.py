@@ -1,15 +1,7 @@
-import os
-
+import linear_needs
 import pytest
 import torch
 from torch import Tensor
-
-if not os.environ.get("FLOPWISE_NO_SHAPE_CHECKS"):
-    from jaxtyping import install_import_hook
-
-    install_import_hook(["flopwise.linear_attention"], "shape_checks.checker")
-
-import linear_needs
 
 
 @pytest.fixture(params=["torch", pytest.param("numba", marks=linear_needs.numba_installed)])
