@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
     "docs/importance_sampling.md",
+    "docs/attention_sampling.md",
     "docs/linear_attention.md",
     "docs/clustered_attention.md",
     "src/flopwise/clustered_attention/README.md",
@@ -115,7 +116,7 @@ def linear_speed() -> str:
     return "\n".join(rows)
 
 
-def linear_decoding() -> str:
+def linear_decoding(int8: bool = True) -> str:
     """Tokens a second of a decoder with 256 features, 8 layers and 8 heads, and the gains."""
     record = json.loads((RESULTS / "linear_decoding.jsonl").read_text().splitlines()[-1])
     rows = [
@@ -124,13 +125,38 @@ def linear_decoding() -> str:
     ]
     for part in record["batches"]:
         for row in part["lengths"]:
-            for name in part["step_ms"]:
+            for name in (name for name in part["step_ms"] if int8 or "int8" not in name):
                 rates = row["tokens_per_second"]
                 weights = ", int8" if "int8" in name else ""
                 rows.append(
                     f"| {part['batch']}, {row['length']}{weights} | {rates[name]:.0f} | {rates['cache']:.0f} "
                     f"| {row['gain over cache'][name]:.2g} x | {row['gain over no cache'][name]:.0f} x |"
                 )
+    return "\n".join(rows)
+
+
+def attention_step() -> str:
+    """CPU time and added memory of a training step for one image."""
+    record = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])
+    rows = [
+        "| training step, one image | attention sampling | all pixels, same layers | time, memory |",
+        "|---|---|---|---|",
+    ]
+    for side, found in record["step"].items():
+        cells = [f"{found['ms'][name]:.3g} ms, {found['mb'][name]:.3g} MB" for name in ("murthy", "cnn_1")]
+        less = f"{found['times_less_cpu']['cnn_1']:.0f} x, {found['times_less_memory']['cnn_1']:.0f} x less"
+        rows.append(f"| {side} x {side} | {' | '.join(cells)} | {less} |")
+    return "\n".join(rows)
+
+
+def attention_estimators() -> str:
+    """Monte Carlo errors of the estimators, with 90 % of the mass on five of 2500 positions."""
+    record = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])
+    rows = ["| estimator | error of the features (RMSE) | error of the gradient (MSE) |", "|---|---|---|"]
+    rows += [
+        f"| `{name}` | {e['rmse']:.3f} | {e['gradient_mse']:.3g} |"
+        for name, e in record["estimators"]["peaked"].items()
+    ]
     return "\n".join(rows)
 
 
@@ -141,15 +167,16 @@ def _times(speed: float) -> str:
 README_LINES = (
     "MiniLM 512 64 / 64",
     "Whisper tiny.en 1500 64 / 64",
-    "Whisper tiny.en 1500 50 / 96",
-    "BERT, 6 layers, 12 heads x 32 4096 32 / 32",
     "BERT, 6 layers, 12 heads x 32 8192 32 / 32",
 )
 TABLES = {
     "importance": importance,
     "overhead": overhead,
     "linear-speed": linear_speed,
-    "linear-decoding": linear_decoding,
+    "linear-decoding": partial(linear_decoding, int8=False),
+    "linear-decoding-all": linear_decoding,
+    "attention-step": attention_step,
+    "attention-estimators": attention_estimators,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
     "clustered-speed": clustered_speed,

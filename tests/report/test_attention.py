@@ -100,7 +100,7 @@ SEEN = {
 
 
 def test_look_joins_tiles_attention_and_patches_in_pixels_of_the_image(tmp_path):
-    write_look(tmp_path / "index.html", SEEN, Image(), np.zeros((2, 1, 40, 40), np.uint8))
+    write_look(tmp_path / "index.html", SEEN, Image(), list(np.zeros((2, 1, 40, 40), np.uint8)))
     text = (tmp_path / "index.html").read_text()
     balance = Balance()
     balance.feed(text)
