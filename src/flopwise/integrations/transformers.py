@@ -22,6 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flopwise.clustered_attention import clustered_attention
+from flopwise.integrations.linear_transformers import LinearConfig as LinearConfig
+from flopwise.integrations.linear_transformers import LinearForCausalLM as LinearForCausalLM
+from flopwise.integrations.linear_transformers import use_linear as use_linear
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel

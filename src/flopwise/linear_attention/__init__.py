@@ -1,7 +1,6 @@
 """Linear attention: a transformer is a recurrent network. Read the README beside this file first."""
 
 from flopwise.linear_attention.feature_maps import Favor as Favor
-from flopwise.linear_attention.feature_maps import FeatureMap as FeatureMap
 from flopwise.linear_attention.feature_maps import GeneralizedRandomFeatures as GeneralizedRandomFeatures
 from flopwise.linear_attention.feature_maps import Hedgehog as Hedgehog
 from flopwise.linear_attention.feature_maps import RandomFourierFeatures as RandomFourierFeatures
