@@ -163,3 +163,14 @@ def test_the_shipped_digit_model_is_what_its_file_says():
     swapped = digits.load()[1].clone()
     swapped[:, 0] = digits.LEVELS + (swapped[:, 0] - digits.LEVELS + 1) % 10  # it listens to the class
     assert linear.bits_per_dim(model, "digits", swapped) > linear.bits_per_dim(model, "digits", digits.load()[1]) + 0.02
+
+
+def test_the_shipped_play_model_writes_ascii(generator: torch.Generator):
+    path = linear._path("shakespeare")
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["about"].startswith("python -m flopwise.experiments.linear shakespeare: modern")
+    assert path.stat().st_size < 2.5e6
+    model = linear.shipped("shakespeare")
+    assert linear.bits_per_dim(model, "shakespeare", shakespeare.load()[1]) < 3.3  # uniform: 7
+    assert len("".join(linear.write_play(model, "MACBETH.\n", 50, generator))) == 50
