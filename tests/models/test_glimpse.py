@@ -63,7 +63,7 @@ def test_predict_says_what_it_read(kind: str):
     pixels = (255 * image()).byte()
     high = pixels if kind == "tensor" else open_image(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
     model = GlimpseClassifier(CONFIG).train()
-    (found,) = model.predict([high])
+    (found,) = model.predict([high], estimator="topk")
     assert found.label in CONFIG.classes  # type: ignore[operator]
     assert float(found.probabilities.sum()) == pytest.approx(1) and float(found.weights.sum()) == pytest.approx(1)
     assert found.attention.ndim == 2 and float(found.attention.sum()) == pytest.approx(1, abs=1e-5)

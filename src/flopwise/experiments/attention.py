@@ -282,8 +282,9 @@ class TestImages:
         self.size = 100 if run.reduction > 4 else 10
 
     @torch.no_grad()
-    def error(self, model: nn.Module, *, limit: int = TEST_IMAGES, **options: Any) -> float:
-        """The share of images whose class is missed."""
+    def error(self, model: nn.Module, *, limit: int | None = None, **options: Any) -> float:
+        """The share of images whose class is missed, of the first `limit` or of all."""
+        limit = limit or TEST_IMAGES
         size = min(self.size, limit)
         batches = iter(DigitsInNoise(size=size, **self.options))
         wrong = 0

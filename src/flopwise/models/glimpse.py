@@ -138,12 +138,15 @@ class GlimpseClassifier(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[Any], *, estimator: Estimator = "topk", n_patches: int | None = None
+        self, images: Sequence[Any], *, estimator: Estimator | None = None, n_patches: int | None = None
     ) -> list[Prediction]:
         """Class, attention and the patches looked at, for tensors (C, H, W) or lazy images, one after another.
 
         Args:
-            estimator: "topk" reads the patches with the most attention and says the same every time.
+            estimator: the model's own, whose draw follows from the seed and the image, so that the answer is the same
+                every time. "topk" reads the patches with the most attention: better where attention is concentrated,
+                much worse where it is spread (.44 against .13 on our lakes).
+            n_patches: the model's own number; more is better.
         """
         training = self.training
         self.eval()
