@@ -53,8 +53,6 @@ class GlimpseConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.classes, list):  # as JSON has it
-            object.__setattr__(self, "classes", tuple(self.classes))
         if self.prior is not None and self.prior not in SALIENCY:
             raise ValueError(
                 f"prior is one of {', '.join(SALIENCY)}, or None, so that it can be saved; got {self.prior!r}."
@@ -192,6 +190,8 @@ class GlimpseClassifier(nn.Module):
         config = json.loads((folder / CONFIG).read_text())
         if config.pop("model", None) != cls.__name__:
             raise ValueError(f"{folder / CONFIG} is not the configuration of a {cls.__name__}.")
+        if isinstance(config["classes"], list):  # JSON has no tuples
+            config["classes"] = tuple(config["classes"])
         model = cls(GlimpseConfig(**config))
         model.load_state_dict(safetensors.load_file(folder / WEIGHTS))
         return model
