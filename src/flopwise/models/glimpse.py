@@ -190,7 +190,7 @@ class GlimpseClassifier(nn.Module):
         config = json.loads((folder / CONFIG).read_text())
         if config.pop("model", None) != cls.__name__:
             raise ValueError(f"{folder / CONFIG} is not the configuration of a {cls.__name__}.")
-        if isinstance(config["classes"], list):  # as JSON has a tuple
+        if isinstance(config["classes"], list):  # JSON has no tuples
             config["classes"] = tuple(config["classes"])
         model = cls(GlimpseConfig(**config))
         model.load_state_dict(safetensors.load_file(folder / WEIGHTS))
