@@ -339,7 +339,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "b n dim"], key_mask: Bool[Tensor, "b n"] | None, state: LayerState | None
-    ) -> tuple[Float[Tensor, "b n dim"], LayerState]:
+    ) -> tuple[Float[Tensor, "b n dim"], Any]:
         y, after = self.attention(self.attention_norm(x), key_mask, state)
         x = x + y
         hidden = self.up(self.ff_norm(x)).relu()
