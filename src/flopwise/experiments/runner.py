@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flopwise import __version__
 
 Record = dict[str, Any]
 
@@ -89,7 +90,7 @@ def provenance() -> Record:
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "flopwise": version("flopwise"),
+            "flopwise": __version__,
         },
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

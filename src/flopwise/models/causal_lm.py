@@ -309,7 +309,7 @@ class LinearCausalLM(nn.Module):
 
     def _blocks(
         self, ids: Int[Tensor, "b n"], key_mask: Bool[Tensor, "b n"] | None, state: ModelState | None
-    ) -> tuple[Float[Tensor, "b n dim"], list[LayerState]]:
+    ) -> tuple[Float[Tensor, "b n dim"], list[Any]]:
         """The residual stream after the last block, and the layers' states after the last position."""
         if key_mask is None:
             position = torch.arange(ids.shape[1], device=ids.device)[None]
