@@ -85,7 +85,7 @@ def clustered_attend(
     Centroids and the sizes of clusters; the top keys (-1 for want of one) and the centroids' attention to them; the
     logarithm of the softmax's normaliser.
     """
-    q, k, v, members = *map(_rows, (query, key, value)), assignment.flatten(0, 1).contiguous()
+    q, k, v, members = _rows(query), _heads(key), _heads(value), assignment.flatten(0, 1).contiguous()
     rows, group, seen = len(q), query.shape[1] // key.shape[1], _seen(key_mask, key)
     centroid, number = q.new_empty(rows, clusters, q.shape[2]), members.new_empty(rows, clusters)
     top, top_attention = members.new_empty(rows, clusters, topk, dtype=torch.int32), q.new_empty(rows, clusters, topk)
@@ -231,6 +231,14 @@ def _backward_flops(
 def _rows(x: Float[Tensor, "b h n e"]) -> Float[Tensor, "bh n e"]:
     """Texts and heads as one dimension, contiguous, float32 or float64."""
     x = x.flatten(0, 1).contiguous()
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _heads(x: Float[Tensor, "b g s e"]) -> Float[Tensor, "bg s e"]:
+    """The same without a copy where heads are interleaved in one text, as a projection leaves them: few rows are read."""
+    x = x.flatten(0, 1)
+    if x.stride(2) != 1:
+        x = x.contiguous()
     return x if x.dtype == torch.float64 else x.float()
 
 
