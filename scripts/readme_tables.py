@@ -22,6 +22,7 @@ PAGES = (
     "docs/attention_sampling.md",
     "docs/linear_attention.md",
     "docs/clustered_attention.md",
+    "src/flopwise/linear_attention/README.md",
     "src/flopwise/clustered_attention/README.md",
 )
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
