@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import openslide
 import tifffile
-import tiffslide
+import tiffslide  # pyright: ignore[reportMissingImports]  (for this benchmark only)
 import torch
 import zarr
 from torch import Tensor
