@@ -235,7 +235,7 @@ def _rows(x: Float[Tensor, "b h n e"]) -> Float[Tensor, "bh n e"]:
 
 
 def _heads(x: Float[Tensor, "b g s e"]) -> Float[Tensor, "bg s e"]:
-    """The same without a copy where one text's heads are interleaved, as a projection leaves them: few rows are read."""
+    """The same without a copy where one text has its heads interleaved, as a projection does: few rows are read."""
     x = x.flatten(0, 1)
     if x.stride(2) != 1:
         x = x.contiguous()
