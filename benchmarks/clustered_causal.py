@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, dequantize  # pyright: ignore[reportMissingImports]  (for this benchmark only)
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
