@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from linear_needs import numba_installed
+from needs import numba_installed
 from torch.utils.flop_counter import FlopCounterMode
 
 from flopwise import Ledger
+from flopwise.core import threads
 from flopwise.linear_attention import chosen_backend, linear_attention
 from flopwise.linear_attention.kernels import numba as numba_kernels
 
@@ -127,11 +128,11 @@ def test_flops_are_those_of_the_products(backend, causal, inputs):
 def test_numba_follows_torchs_number_of_threads(monkeypatch, inputs):
     used = []
 
-    def pool(threads):
-        used.append(threads)
-        return ThreadPoolExecutor(threads)
+    def pool(count):
+        used.append(count)
+        return ThreadPoolExecutor(count)
 
-    monkeypatch.setattr(numba_kernels, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", pool)
     tensors = inputs(1, 3, 3, 20, 20, 4, 4)
     linear_attention(*tensors, backend="numba")
     torch.set_num_threads(2)

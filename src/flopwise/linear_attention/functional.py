@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flopwise.core.attention import check_attention, check_mask
 from flopwise.linear_attention.feature_maps import FeatureMap, features_of
 from flopwise.linear_attention.kernels import numba as numba_kernels
 from flopwise.linear_attention.kernels.operator import attend
@@ -160,33 +161,9 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raise a ValueError that names the argument that does not fit."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(
-                f"{name} is (batch, heads, length, width); got {tuple(tensor.shape)}. "
-                "Split the heads off the width with `unflatten(-1, (heads, -1)).transpose(1, 2)`."
-            )
-        if tensor.dtype != query.dtype or not tensor.is_floating_point():
-            raise ValueError(
-                "query, key and value share one floating-point dtype; "
-                f"got {query.dtype}, {key.dtype} and {value.dtype}. Convert them with `.to(query.dtype)`."
-            )
-    (batch, heads, length, width), (_, groups, source_length, _) = query.shape, key.shape
-    if key.shape != (batch, groups, source_length, width) or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            "query (b, h, n, e), key (b, g, s, e) and value (b, g, s, m) share the letters they have in common; "
-            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
-        )
-    if groups == 0 or heads % groups:
-        raise ValueError(
-            f"the query heads are a multiple of the key heads; got {heads} and {groups}. "
-            "Repeat or drop heads until they are."
-        )
-    if key_mask is not None and (key_mask.shape != (batch, source_length) or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask is boolean, True = keep, of shape {(batch, source_length)}; got {key_mask.dtype} of shape "
-            f"{tuple(key_mask.shape)}. An additive mask becomes one by `mask == 0`."
-        )
+    check_attention(query, key, value)
+    batch, length, groups, source_length = len(query), query.shape[2], *key.shape[1:3]
+    check_mask("key_mask", key_mask, batch, source_length)
     if decay is not None and (decay.shape != (groups,) or not causal):
         raise ValueError(
             f"decay is one number a key head, shape {(groups,)}, with causal=True: without an order of the positions "

@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flopwise.core.threads import over_rows
 from flopwise.linear_attention.kernels.torch import Gradients, Result
 
 AVAILABLE = find_spec("numba") is not None
@@ -130,20 +130,10 @@ def _flat(x: Tensor, packed: bool) -> tuple[Any, int, int, int]:
 
 
 def _run(direction: str, causal: bool, memory: Tensor, *arguments: Any) -> None:
-    """Call a compiled loop over all rows, shared among as many threads as torch uses.
-
-    In plain threads, since the loops release the interpreter's lock. numba's own pool does not follow
-    torch.set_num_threads, and its default kind aborts the process when two threads of a program use it at once.
-    """
+    """Call a compiled loop over all rows."""
     from flopwise.linear_attention.kernels import numba_loops
 
     loop: Callable[..., None] = getattr(numba_loops, f"{'causal' if causal else 'full'}_{direction}")
     arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     rows = memory.shape[0] * memory.shape[1]
-    threads = min(torch.get_num_threads(), rows)
-    if threads <= 1:
-        loop(0, rows, *arrays)
-        return
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda i: loop(bounds[i], bounds[i + 1], *arrays), range(threads)))
+    over_rows(loop, rows, arrays)
