@@ -16,7 +16,7 @@ inside, whose own `generate` decodes some four times as fast on a CPU.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flopwise.linear_attention import linear_attention
@@ -34,15 +34,15 @@ try:
         PreTrainedModel,
     )
     from transformers.cache_utils import Cache
-    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
     from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from flopwise.integrations.attention_interface import NEEDS_SOFTMAX, attention_modules, configs, padding_mask
 except ImportError as error:
     raise ImportError(
         f"the Hugging Face integration needs transformers 5: pip install 'flopwise[hf]' ({error})."
     ) from error
 
 NAME = "flopwise_linear"
-NEEDS_SOFTMAX = ("position_bias", "softcap", "s_aux")  # arguments of a layer that change its softmax
 
 
 class LinearConfig(PreTrainedConfig):
@@ -226,10 +226,7 @@ def use_linear(model: PreTrainedModel, feature_map: str | None = None) -> None:
         raise ValueError(
             f"{type(model).__name__} does not look its attention function up by name, so it cannot be replaced."
         )
-    attention: list[Any] = [
-        module for module in model.modules() if hasattr(module, "is_causal") and hasattr(module, "config")
-    ]
-    if any(module.is_causal is not False for module in attention):
+    if any(module.is_causal is not False for _, module in attention_modules(model)):
         raise ValueError(
             f"`use_linear` is for encoders, and {type(model).__name__} has causal attention, whose cache would grow as "
             "before. For a causal language model with a state of constant size, take `LinearForCausalLM`."
@@ -239,7 +236,7 @@ def use_linear(model: PreTrainedModel, feature_map: str | None = None) -> None:
     if feature_map not in BY_NAME:
         raise ValueError(f"feature_map is one of {', '.join(BY_NAME)}; got {feature_map!r}.")
     model.set_attn_implementation(NAME)
-    for owner in {id(owner): owner for owner in (model.config, *(module.config for module in attention))}.values():
+    for owner in configs(model):
         owner.flopwise = {"linear": {"feature_map": feature_map}}
 
 
@@ -268,15 +265,6 @@ def linear_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def linear_mask(
-    *, mask_function: Any, allow_is_bidirectional_skip: bool = False, **kwargs: Any
-) -> Bool[Tensor, "b 1 q s"] | None:
-    """The mask that goes with `linear_forward`: that of `sdpa`, but one row where all queries have the same."""
-    if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip:
-        kwargs["q_length"] = 1
-    return sdpa_mask(mask_function=mask_function, allow_is_bidirectional_skip=allow_is_bidirectional_skip, **kwargs)
-
-
 def _obstacle(module: Any, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str:
     """Why this call cannot be linear, with the remedy; empty when it can."""
     if kwargs.get("is_causal", module.is_causal) is not False:
@@ -297,6 +285,6 @@ def _obstacle(module: Any, attention_mask: Tensor | None, dropout: float, kwargs
 
 
 AttentionInterface.register(NAME, linear_forward)
-AttentionMaskInterface.register(NAME, linear_mask)
+AttentionMaskInterface.register(NAME, padding_mask)
 AutoConfig.register(NAME, LinearConfig)
 AutoModelForCausalLM.register(LinearConfig, LinearForCausalLM)
