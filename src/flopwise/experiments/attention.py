@@ -21,7 +21,7 @@ from flopwise.attention_sampling.expectation import Estimator
 from flopwise.core import Budget, Ledger
 from flopwise.core.batch import Examples
 from flopwise.experiments.digits_in_noise import DigitsInNoise
-from flopwise.experiments.runner import Records, run_all
+from flopwise.experiments.runner import Records, run_all, save_checkpoint
 from flopwise.models.glimpse import GlimpseClassifier, GlimpseConfig, feature_network, initialise
 
 ESTIMATORS = tuple(name for name in get_args(Estimator) if name != "topk")
@@ -213,7 +213,9 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
                 if share * CURVE_POINTS >= len(record["curve"]) + 1 and share < 1:
                     record["curve"].append(point(model, ledger, share, record, test))
                 if time.monotonic() - written > CHECKPOINT_SECONDS:
-                    save(checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"record": record})
+                    save_checkpoint(
+                        checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"record": record}
+                    )
                     written = time.monotonic()
 
     errors = {"": test.error(model)}
@@ -308,14 +310,6 @@ def point(model: nn.Module, ledger: Ledger, share: float, record: dict[str, Any]
     if isinstance(model, GlimpseClassifier) and model.look.beta is not None:
         found["beta"] = float(model.look.beta.detach())
     return found
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
 
 
 def settings(run: Run) -> dict[str, Any]:

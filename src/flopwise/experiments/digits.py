@@ -16,11 +16,15 @@ VOCABULARY = LEVELS + 10  # and LEVELS + d names digit d
 HELD_OUT = 100  # of each digit, the last ones
 
 
+def read() -> tuple[UInt8[Tensor, "n 28 28"], UInt8[Tensor, " n"]]:
+    """The 10,000 shipped MNIST images, digit by digit, and their labels."""
+    folder = files("flopwise.experiments") / "data"
+    return read_idx(folder / "digits-images-idx3-ubyte.gz"), read_idx(folder / "digits-labels-idx1-ubyte.gz")
+
+
 def load() -> tuple[UInt8[Tensor, "train 785"], UInt8[Tensor, "test 785"]]:
     """The shipped MNIST digits as sequences of tokens, 9,000 to train on and 1,000 to test on, digit by digit."""
-    folder = files("flopwise.experiments") / "data"
-    images = read_idx(folder / "digits-images-idx3-ubyte.gz")
-    labels = read_idx(folder / "digits-labels-idx1-ubyte.gz")
+    images, labels = read()
     levels = (images.flatten(1).float() * ((LEVELS - 1) / 255)).round().to(torch.uint8)
     sequences = torch.cat([labels[:, None] + LEVELS, levels], 1)
     digits = [sequences[labels == digit] for digit in range(10)]

@@ -7,14 +7,13 @@ glyphs and their places; `read` draws the pixels that are asked for, and the low
 from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
-from importlib.resources import files
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from flopwise.attention_sampling.images import Level
-from flopwise.experiments.fashion_mnist import read_idx
+from flopwise.experiments.digits import read
 
 GLYPH = 28  # pixels, the side of a digit or a stroke
 CELL = 50  # glyphs lie in different cells of a grid of this many pixels, somewhere: they do not overlap
@@ -129,8 +128,7 @@ def low_view(
 @lru_cache(2)
 def load_digits(split: str) -> tuple[UInt8[Tensor, "n 28 28"], Int[Tensor, " n"]]:
     """The digits that the package ships, for `split` "train" or "test" (the last fifth of each), and their classes."""
-    folder = files("flopwise.experiments") / "data"
-    images, labels = (read_idx(folder / f"digits-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    images, labels = read()
     chosen = []
     for digit in range(10):
         index = (labels == digit).nonzero()[:, 0]

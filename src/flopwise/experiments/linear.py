@@ -26,7 +26,7 @@ from flopwise.core import Budget, Ledger
 from flopwise.experiments import digits, shakespeare
 from flopwise.experiments.linear_baseline import SoftmaxCausalLM
 from flopwise.experiments.linear_speed import measure
-from flopwise.experiments.runner import Records, run_all
+from flopwise.experiments.runner import Records, run_all, save_checkpoint
 from flopwise.models import LinearCausalLM, Sampling
 from flopwise.models.decoding import Weights
 
@@ -164,7 +164,7 @@ def fit(
                     record["curve"].append(point)
                 if time.monotonic() - written > CHECKPOINT_SECONDS:
                     state = {name: part.state_dict() for name, part in parts.items()}
-                    _save(checkpoint, state | {"generator": generator.get_state(), "record": record})
+                    save_checkpoint(checkpoint, state | {"generator": generator.get_state(), "record": record})
                     written = time.monotonic()
 
     return model, record | {
@@ -268,14 +268,6 @@ def _loader(task: Task, train_set: UInt8[Tensor, "..."], generator: torch.Genera
     if task == "digits":
         return iter(digits.Shuffled(train_set, size=BATCH[task], generator=generator))
     return iter(shakespeare.Excerpts(train_set, size=BATCH[task], length=EXCERPT, generator=generator))
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
 
 
 def ship(task: Task, folder: Path) -> None:

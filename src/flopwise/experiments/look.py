@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from flopwise.attention_sampling import open_image
-from flopwise.attention_sampling.geojson import patches_geojson
+from flopwise.attention_sampling.geojson import patches_geojson, write_geojson
 from flopwise.attention_sampling.images import LazyImage
 from flopwise.models import GlimpseClassifier
 
@@ -62,5 +62,5 @@ def look(image_path: Path, model_folder: Path, out: Path, *, patches: int | None
     out.mkdir(parents=True, exist_ok=True)
     (out / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
     outline = patches_geojson(found.positions, (size, size), measurements={"weight": found.weights})
-    (out / "patches.geojson").write_text(json.dumps(outline), encoding="utf-8")
+    write_geojson(out / "patches.geojson", outline)
     return Look(seen, image, (255 * found.patches).round().to(torch.uint8))

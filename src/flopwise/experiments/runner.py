@@ -82,6 +82,14 @@ def run_all(runs: Iterable[Run], train: Train, folder: Path, *, title: str) -> l
     return [record for run in runs if (record := records.find(run)) is not None]
 
 
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
 def provenance() -> Record:
     """Where and with what a record was made."""
     return {

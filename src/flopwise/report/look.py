@@ -1,6 +1,5 @@
 """What a classifier saw in one image: a page with the image to zoom into, the attention over it, and the patches."""
 
-import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flopwise.report.deepzoom import Pyramid, as_jpeg, deep_zoom, viewer
-from flopwise.report.page import Section, cards, page, paragraph, table
+from flopwise.report.page import Section, cards, page, paragraph, table, write_page
 from flopwise.report.pictures import png
 from flopwise.report.words import number, percent
 
@@ -31,13 +30,7 @@ def write_look(page_path: Path, seen: Mapping[str, Any], image: Pyramid, pixels:
     zoom = deep_zoom(image, regions=regions)
     pictures = [as_jpeg(patch) for patch in pixels]
     text = page(f"{seen['image']}: {seen['label']}", sections(seen, zoom, pictures), script="deepzoom.js")
-    page_path.parent.mkdir(parents=True, exist_ok=True)
-    part = page_path.with_name(f".{page_path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(page_path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_page(page_path, text)
 
 
 def sections(seen: Mapping[str, Any], zoom: dict[str, Any], pictures: Sequence[str]) -> list[Section]:

@@ -3,10 +3,12 @@
 Every helper takes plain text and escapes it; only `Section.body` and `page` handle markup.
 """
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -
 </body>
 </html>
 """
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def paragraph(text: str, kind: str = "") -> str:
