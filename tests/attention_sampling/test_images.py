@@ -1,5 +1,6 @@
 """Lazy pyramids read what the file holds: every format, every level, inside and outside, by one thread or many."""
 
+import gc
 import multiprocessing
 import pickle
 import subprocess
@@ -357,6 +358,7 @@ class TestHandles:
 
     def test_few_files_are_open(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         images_module._opened.cache_clear()
+        gc.collect()  # files that earlier tests left in cycles would be closed in between
         before, images = files_open(), []
         for i in range(images_module.OPEN_FILES + 20):
             write_pyramid(tmp_path / f"{i}.tif", PIXELS[: 60 + i, :60], levels=1)

@@ -1,10 +1,10 @@
-import linear_needs
+import needs
 import pytest
 import torch
 from torch import Tensor
 
 
-@pytest.fixture(params=["torch", pytest.param("numba", marks=linear_needs.numba_installed)])
+@pytest.fixture(params=["torch", pytest.param("numba", marks=needs.numba_installed)])
 def backend(request) -> str:
     return request.param
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_needs import numba_installed
+from needs import numba_installed
 
 from flopwise.linear_attention import LinearState, linear_attention, reference
 from flopwise.linear_attention.feature_maps import elu

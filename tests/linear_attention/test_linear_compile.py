@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from linear_needs import numba_installed
+from needs import numba_installed
 
 PROGRAM = """
 import sys, torch
