@@ -7,8 +7,6 @@ normaliser included. Every row carries the error against float64 of the calls th
 speed of a large matrix product in the same run it did its FLOPs. Appends to benchmarks/results/linear_attention.jsonl.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,11 +19,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from parts import run_parts
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from flopwise.experiments.runner import provenance
 from flopwise.linear_attention import init_state, linear_attention, step
 
 RESULTS = Path(__file__).parent / "results" / "linear_attention.jsonl"
@@ -210,21 +208,5 @@ def one_step() -> Iterator[dict[str, Any]]:
 PARTS = {"speed": speed, "memory": memory, "warmup": warmup, "step": one_step}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; without one, all")
-    parts = parser.parse_args().parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"a part is one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    for part in parts:
-        for record in PARTS[part]():
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({"benchmark": "linear_attention", **record, **provenance()}) + "\n")
-            shown = {name: round(x, 3) if isinstance(x, float) else x for name, x in record.items()}
-            print(json.dumps(shown), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, RESULTS)
