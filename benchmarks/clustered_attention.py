@@ -7,8 +7,6 @@ clustering. Every row carries its error against softmax, on inputs with structur
 Appends to benchmarks/results/clustered_attention.jsonl.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,11 +16,11 @@ from typing import Any
 
 import torch
 from clustered_baselines import buckets, exact_top_keys, favor, local_and_global, nystrom
+from parts import run_parts
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flopwise.clustered_attention import clustered_attention
-from flopwise.experiments.runner import provenance
 
 RESULTS = Path(__file__).parent / "results" / "clustered_attention.jsonl"
 HEADS, WIDTH, TOPK = 8, 64, 32
@@ -177,21 +175,5 @@ SETTINGS = ((16, 32), (32, 0), (32, 32), (64, 32), (64, 64), (100, 64), (200, 64
 PARTS = {"speed": speed, "breakeven": breakeven, "frontier": frontier}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; without one, all")
-    parts = parser.parse_args().parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"a part is one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    for part in parts:
-        for record in PARTS[part]():
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({"benchmark": "clustered_attention", **record, **provenance()}) + "\n")
-            shown = {name: round(x, 3) if isinstance(x, float) else x for name, x in record.items()}
-            print(json.dumps(shown), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, RESULTS)

@@ -16,7 +16,6 @@ results/clustered_causal.jsonl. One thread; seconds are the processor's, the con
 came of it is in LOG.md.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -32,15 +31,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, dequantize  # pyright: ignore[reportMissingImports]  (for this benchmark only)
 from jaxtyping import Float, Int
+from parts import run_parts
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flopwise.clustered_attention.kernels import numba as kernels
 from flopwise.clustered_attention.kernels.numba_loops import compiled, exponential
-from flopwise.experiments.runner import provenance
 
 RESULTS = Path(__file__).parent / "results" / "clustered_causal.jsonl"
 WEIGHTS = Path(tempfile.gettempdir()) / "flopwise-smollm2.pt"  # the dequantised weights, kept between runs
@@ -497,20 +496,5 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; without one, all")
-    parts = parser.parse_args().parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"a part is one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    for part in parts:
-        for record in PARTS[part]():
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({"benchmark": "clustered_causal", **record, **provenance()}) + "\n")
-            print(json.dumps(record), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, RESULTS)

@@ -6,19 +6,17 @@ Each record is appended to results/clustered_models.jsonl: the figures, the goal
 thread; seconds are the processor's, exact and clustered taking turns, medians.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from parts import run_parts
 from torch import Tensor
 
 from flopwise.experiments import clustered
 from flopwise.experiments.clustered import Run, answers, measure, spoken_prompts, stretch, wikipedia
-from flopwise.experiments.runner import provenance
 from flopwise.integrations.transformers import use_clustered, use_exact
 from flopwise.integrations.tune import Answer, Batch, tune
 
@@ -116,22 +114,5 @@ def measured(run: Run, goal: dict[str, Any] | None) -> Record:
 PARTS = {"text": text, "speech": speech, "length": length, "tune": tuned}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; without one, all")
-    parts = parser.parse_args().parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"a part is one of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    for part in parts:
-        for record in PARTS[part]():
-            line = json.dumps({"benchmark": "clustered_models", **record, **provenance()})
-            with RESULTS.open("a") as file:
-                file.write(line + "\n")
-            shown = {k: v for k, v in record.items() if k not in ("transcripts", "timings", "layers", "candidates")}
-            print(json.dumps(shown), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, RESULTS, unshown=("transcripts", "timings", "layers", "candidates"))

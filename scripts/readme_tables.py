@@ -16,7 +16,15 @@ from flopwise.report.importance import markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/clustered_attention.md", "src/flopwise/clustered_attention/README.md")
+PAGES = (
+    "README.md",
+    "docs/importance_sampling.md",
+    "docs/attention_sampling.md",
+    "docs/linear_attention.md",
+    "docs/clustered_attention.md",
+    "src/flopwise/linear_attention/README.md",
+    "src/flopwise/clustered_attention/README.md",
+)
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -93,6 +101,66 @@ def clustered_speed() -> str:
     return "\n".join(rows)
 
 
+def linear_speed() -> str:
+    """The causal operator against SDPA, by length."""
+    found = newest("linear_attention", "kind", "causal", "direction", "backend", "length")
+    lengths = sorted({key[4] for key in found if key[0] == "speed" and key[1]})
+    rows = [f"| causal, 8 heads of 64 | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+    for backend in ("numba", "torch"):
+        for direction in ("forward", "forward and backward"):
+            records = [found["speed", True, direction, backend, length] for length in lengths]
+            rows.append(f"| {direction}, {backend} | {' | '.join(_times(r['speedup']) for r in records)} |")
+    both = [found["speed", True, "forward and backward", "numba", length] for length in lengths]
+    errors, shares = ([f"{max(r['errors']):.0e}" for r in both], [f"{r['share_of_matmul']:.0%}" for r in both])
+    rows.append(f"| largest error against float64, numba | {' | '.join(errors)} |")
+    rows.append(f"| share of the matmul rate, numba | {' | '.join(shares)} |")
+    return "\n".join(rows)
+
+
+def linear_decoding(int8: bool = True) -> str:
+    """Tokens a second of a decoder with 256 features, 8 layers and 8 heads, and the gains."""
+    record = json.loads((RESULTS / "linear_decoding.jsonl").read_text().splitlines()[-1])
+    rows = [
+        "| batch, steps | linear, tokens/s | softmax with a cache | gain | gain over no cache |",
+        "|---|---|---|---|---|",
+    ]
+    for part in record["batches"]:
+        for row in part["lengths"]:
+            for name in (name for name in part["step_ms"] if int8 or "int8" not in name):
+                rates = row["tokens_per_second"]
+                weights = ", int8" if "int8" in name else ""
+                rows.append(
+                    f"| {part['batch']}, {row['length']}{weights} | {rates[name]:.0f} | {rates['cache']:.0f} "
+                    f"| {row['gain over cache'][name]:.2g} x | {row['gain over no cache'][name]:.0f} x |"
+                )
+    return "\n".join(rows)
+
+
+def attention_step() -> str:
+    """CPU time and added memory of a training step for one image."""
+    record = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])
+    rows = [
+        "| training step, one image | attention sampling | all pixels, same layers | time, memory |",
+        "|---|---|---|---|",
+    ]
+    for side, found in record["step"].items():
+        cells = [f"{found['ms'][name]:.3g} ms, {found['mb'][name]:.3g} MB" for name in ("murthy", "cnn_1")]
+        less = f"{found['times_less_cpu']['cnn_1']:.0f} x, {found['times_less_memory']['cnn_1']:.0f} x less"
+        rows.append(f"| {side} x {side} | {' | '.join(cells)} | {less} |")
+    return "\n".join(rows)
+
+
+def attention_estimators() -> str:
+    """Monte Carlo errors of the estimators, with 90 % of the mass on five of 2500 positions."""
+    record = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])
+    rows = ["| estimator | error of the features (RMSE) | error of the gradient (MSE) |", "|---|---|---|"]
+    rows += [
+        f"| `{name}` | {e['rmse']:.3f} | {e['gradient_mse']:.3g} |"
+        for name, e in record["estimators"]["peaked"].items()
+    ]
+    return "\n".join(rows)
+
+
 def _times(speed: float) -> str:
     return f"{speed:.2g}" if speed < 10 else f"{speed:.1f}"
 
@@ -100,13 +168,16 @@ def _times(speed: float) -> str:
 README_LINES = (
     "MiniLM 512 64 / 64",
     "Whisper tiny.en 1500 64 / 64",
-    "Whisper tiny.en 1500 50 / 96",
-    "BERT, 6 layers, 12 heads x 32 4096 32 / 32",
     "BERT, 6 layers, 12 heads x 32 8192 32 / 32",
 )
 TABLES = {
     "importance": importance,
     "overhead": overhead,
+    "linear-speed": linear_speed,
+    "linear-decoding": partial(linear_decoding, int8=False),
+    "linear-decoding-all": linear_decoding,
+    "attention-step": attention_step,
+    "attention-estimators": attention_estimators,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
     "clustered-speed": clustered_speed,

@@ -13,7 +13,10 @@ if not os.environ.get("FLOPWISE_NO_SHAPE_CHECKS"):
         [
             "flopwise.core",
             "flopwise.importance_sampling",
+            "flopwise.attention_sampling",
+            "flopwise.linear_attention",
             "flopwise.clustered_attention",
+            "flopwise.models",
             "flopwise.integrations",
             "flopwise.experiments",
         ],

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import flopwise
-from flopwise import importance_sampling, report
+from flopwise import attention_sampling, clustered_attention, importance_sampling, linear_attention, models, report
 
 PUBLIC = {
     flopwise: {"Budget", "ImportanceSampler", "Ledger", "endless"},
@@ -24,6 +24,53 @@ PUBLIC = {
         "staircase",
         "upper_bound_score",
         "variance_ratio",
+    },
+    attention_sampling: {
+        "AttentionSampling",
+        "Glimpse",
+        "ReceptiveField",
+        "brightness",
+        "coefficients",
+        "entropy",
+        "entropy_loss",
+        "expectation",
+        "local_contrast",
+        "open_image",
+        "read_patches",
+        "receptive_field_of",
+        "sample",
+        "topk",
+    },
+    linear_attention: {
+        "Favor",
+        "GeneralizedRandomFeatures",
+        "Hedgehog",
+        "LinearAttention",
+        "LinearState",
+        "RandomFourierFeatures",
+        "SmoothedRandomFourierFeatures",
+        "chosen_backend",
+        "feature_width",
+        "init_state",
+        "linear_attention",
+        "step",
+    },
+    clustered_attention: {
+        "ClusteredAttention",
+        "chosen_backend",
+        "clustered_attention",
+        "hamming",
+        "kmeans",
+        "save_clusters",
+    },
+    models: {
+        "Decoder",
+        "GlimpseClassifier",
+        "GlimpseConfig",
+        "LinearCausalLM",
+        "ModelState",
+        "Sampling",
+        "Snapshot",
     },
     report: {"read_records", "write_report"},
 }

@@ -132,6 +132,67 @@ def demo_clustered(
     _print_paths(out)
 
 
+@demo_app.command("attention")
+def demo_attention(
+    seconds: Annotated[
+        float | None, typer.Option(help="Processor seconds of every run. Default: a demo of some minutes.")
+    ] = None,
+    out: Out = Path("report"),
+    full: Annotated[
+        bool, typer.Option(help="Every estimator and resolution, tuned rates, three seeds, six minutes a run: hours.")
+    ] = False,
+) -> None:
+    """Digits hidden in images of 1500 x 1500 pixels: a few patches against every pixel, with equal processor time.
+
+    Attention over a view at an eighth of the resolution says where to look; ten patches are read, and their features
+    stand for those of all patches, without bias. Networks over all pixels, at several resolutions, have the same time.
+    The page `index.html` shows errors against time and what was looked at.
+
+    Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
+    """
+    from flopwise.experiments import attention
+    from flopwise.experiments.attention_demo import show_glimpses
+
+    plan = attention.FULL if full else attention.QUICK
+    if seconds is not None:
+        if seconds <= 0:
+            raise typer.BadParameter(f"a budget is above zero seconds; got {seconds:g}.", param_hint="--seconds")
+        plan = replace(plan, seconds=seconds)
+    _run(lambda: (attention.compare(plan, out), show_glimpses(out, side=plan.side)), out)
+    _print_attention(Console(), out / "records.jsonl")
+    _print_paths(out)
+
+
+@demo_app.command("linear")
+def demo_linear(
+    each: Annotated[int, typer.Option(min=1, help="New pictures of every digit.")] = 6,
+    length: Annotated[int, typer.Option(min=1, help="Characters of the play.")] = 600,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is painted and written.")] = 0,
+    out: Out = Path("report"),
+) -> None:
+    """A transformer that is a recurrent network: it paints digits and writes a play, at a constant cost a token.
+
+    The models are small, trained by `python -m flopwise.experiments.linear` and shipped. The page `index.html` shows
+    new digits, completions of half-hidden ones, and tokens a second against the position, beside the same model with
+    softmax attention: with a key-value cache, and computing everything anew.
+
+    Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
+    """
+    from flopwise.experiments import linear_demo
+
+    console = Console()
+    _run(lambda: linear_demo.show(out, each=each, seed=seed), out)
+    console.print(linear_demo.PROMPT, end="", highlight=False, markup=False)
+
+    def write(text: str) -> None:
+        console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+
+    _run(lambda: linear_demo.play(out, length=length, seed=seed, write=write), out)
+    console.print("\n")
+    _print_linear(console, out / "records.jsonl")
+    _print_paths(out)
+
+
 class Metric(StrEnum):
     cosine = "cosine"
     task = "task"
@@ -239,6 +300,44 @@ def tune(
     _print_paths(out)
 
 
+@app.command("look")
+def look_at(
+    image: Annotated[
+        Path, typer.Argument(exists=True, help="TIFF (also slides), PNG, JPEG, .npy or zarr, of any size.")
+    ],
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder that `GlimpseClassifier.save` wrote.")
+    ],
+    patches: Annotated[
+        int | None, typer.Option(min=1, help="Patches to read; default: as many as in training.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page, and of patches.geojson for viewers of slides.")] = Path(
+        "look"
+    ),
+) -> None:
+    """Show where a classifier looks in an image that may be larger than memory, and what it says of it.
+
+    The page `index.html` needs no server: the image to zoom into, the attention over it, and every patch that was read,
+    by weight. Only these are read at full resolution, so that an image of 100,000 x 100,000 pixels takes seconds.
+    """
+    from flopwise.report.look import write_look
+
+    try:
+        from flopwise.experiments.look import look
+
+        seen, pyramid, pixels = look(image, model, out, patches=patches)
+        write_look(out / "index.html", seen, pyramid, list(pixels))
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"flopwise look: {error}", err=True)
+        raise typer.Exit(2) from error
+    rows = sorted(seen["probabilities"].items(), key=lambda pair: -pair[1])[:10]
+    console = Console()
+    _print_table(console, ["class", "probability"], [[name, f"{100 * p:.1f} %"] for name, p in rows])
+    console.print(
+        f"The page: [bold]{out / 'index.html'}[/bold]   The patches: {out / 'patches.geojson'}", highlight=False
+    )
+
+
 def _find_model(name: str) -> str:
     """The folder of the model which an installed package carries; any other name as it is."""
     package = name.replace("-", "_")
@@ -299,6 +398,22 @@ def _progress(console: Console) -> Any:
         TimeElapsedColumn(),
         console=console,
     )
+
+
+def _print_attention(console: Console, path: Path) -> None:
+    """The result table."""
+    from flopwise.report import read_records
+    from flopwise.report.attention import COLUMNS, rows
+
+    _print_table(console, COLUMNS, rows(read_records(path)))
+
+
+def _print_linear(console: Console, path: Path) -> None:
+    """Tokens a second, and how many times as fast."""
+    from flopwise.report import read_records
+    from flopwise.report.linear import SPEED_COLUMNS, speed_rows
+
+    _print_table(console, SPEED_COLUMNS, speed_rows(read_records(path)))
 
 
 def _print_importance(console: Console, path: Path) -> None:

@@ -170,12 +170,12 @@ class TestGate:
         self.run(sampler, data, 64, 9)
         assert sampler.metrics()["tau2"] == pytest.approx(tau2, rel=1e-4)
 
-    def test_off_for_long_one_presample_in_four_is_scored(self):
+    def test_off_for_long_one_presample_in_eight_is_scored(self):
         sampler = make_sampler(gate="auto")
         sampler._gate.updates = SCORED_ALL
         sampler._gate.variances = dict.fromkeys(sampler._gate.variances, 1e9)
         self.run(sampler, examples(640), 64, 80)
-        assert sampler._gate.updates == SCORED_ALL + 3  # of presamples 0, 4 and 8; the tenth is still open
+        assert sampler._gate.updates == SCORED_ALL + 2  # of presamples 0 and 8; the tenth is still open
 
     def test_auto_switches_on_where_it_pays_and_stays_off_where_it_does_not(self):
         x, y = examples(512)

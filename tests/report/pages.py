@@ -23,7 +23,7 @@ def headings(text: str) -> list[str]:
 class Balance(HTMLParser):
     """Raises on a tag which is closed in the wrong place, and collects what a page refers to."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "input")
 
     def __init__(self) -> None:
         super().__init__()

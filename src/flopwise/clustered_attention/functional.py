@@ -2,7 +2,6 @@
 
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flopwise.clustered_attention.clustering import Clustering, cluster
 from flopwise.clustered_attention.kernels import numba as numba_kernels
 from flopwise.clustered_attention.kernels import torch as torch_kernels
+from flopwise.core.attention import check_attention, check_mask
 
 Backend = Literal["auto", "torch", "numba"]
 
@@ -78,6 +78,7 @@ def clustered_attention(
         out = scaled_dot_product_attention(query, key, value, attn_mask=keep, scale=factor, enable_gqa=grouped)
     else:
         kernels = numba_kernels if name == "numba" else torch_kernels
+        query = query.contiguous()  # once, for both steps
         assignment = cluster(query.detach(), query_mask, clusters, clustering, seed, name)
         out = kernels.attend(query, key, value, key_mask, assignment, clusters=clusters, topk=topk, scale=factor)
 
@@ -124,34 +125,9 @@ def _check(
     clustering: str,
 ) -> None:
     """Raise a ValueError that names the argument that does not fit."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(
-                f"{name} is (batch, heads, length, width); got {tuple(tensor.shape)}. "
-                "Split the heads off the width with `unflatten(-1, (heads, -1)).transpose(1, 2)`."
-            )
-        if tensor.dtype != query.dtype or not tensor.is_floating_point():
-            raise ValueError(
-                "query, key and value share one floating-point dtype; "
-                f"got {query.dtype}, {key.dtype} and {value.dtype}. Convert them with `.to(query.dtype)`."
-            )
-    (batch, heads, length, width), (_, groups, source_length, _) = query.shape, key.shape
-    if key.shape != (batch, groups, source_length, width) or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            "query (b, h, n, e), key (b, g, s, e) and value (b, g, s, m) share the letters they have in common; "
-            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
-        )
-    if groups == 0 or heads % groups:
-        raise ValueError(
-            f"the query heads are a multiple of the key heads; got {heads} and {groups}. "
-            "Repeat or drop heads until they are."
-        )
-    for name, mask, size in (("key_mask", key_mask, source_length), ("query_mask", query_mask, length)):
-        if mask is not None and (mask.shape != (batch, size) or mask.dtype != torch.bool):
-            raise ValueError(
-                f"{name} is boolean, True = keep, of shape {(batch, size)}; got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}. An additive mask becomes one by `mask == 0`."
-            )
+    check_attention(query, key, value)
+    check_mask("key_mask", key_mask, len(query), key.shape[2])
+    check_mask("query_mask", query_mask, len(query), query.shape[2])
     if clusters < 1:
         raise ValueError(f"clusters is at least 1; got {clusters}. For exact attention take as many as queries.")
     if topk < 0:

@@ -32,6 +32,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from flopwise.experiments.runner import run_all
 from flopwise.integrations.transformers import Call, Setting, observed, use_clustered, use_exact
@@ -61,14 +62,13 @@ class Plan:
     Args:
         texts: Wikipedia texts of 512 tokens that MiniLM embeds.
         clips: spoken prompts that Whisper transcribes; 0 to leave speech out.
-        clusters, topk: the settings compared, each with each; top-k 0 is plain clustering.
+        settings: (clusters, top-k) pairs; top-k 0 is plain clustering.
         lengths: at which the BERT-shaped model is timed end to end.
     """
 
     texts: int = 60
     clips: int = 16
-    clusters: tuple[int, ...] = (32, 64, 100)
-    topk: tuple[int, ...] = (0, 32, 64)
+    settings: tuple[tuple[int, int], ...] = ((32, 32), (64, 0), (64, 32), (64, 64), (100, 64))
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
 
 
@@ -102,11 +102,10 @@ class Run:
 
 def compare(plan: Plan, folder: Path) -> None:
     """All runs of the plan; the records are in `folder`/records.jsonl, and what is there already is not run again."""
-    grid = [(c, k) for c in plan.clusters for k in plan.topk]
-    runs = [Run("text", c, k, 512, plan.texts) for c, k in grid]
+    runs = [Run("text", c, k, 512, plan.texts) for c, k in plan.settings]
     runs += [Run("length", 32, 32, length, 1) for length in plan.lengths]
     if plan.clips:
-        runs += [Run("speech", c, k, 1500, plan.clips) for c, k in grid]
+        runs += [Run("speech", c, k, 1500, plan.clips) for c, k in plan.settings]
     runs += [Run("picture", 64, 32, 512, 1)]
     run_all(runs, measure, folder, title="comparing")
 
@@ -125,6 +124,7 @@ def missing(plan: Plan) -> list[str]:
 def measure(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
     """The record of one run. Runs take a minute at most, so `checkpoint` is not used."""
     del checkpoint
+    disable_progress_bar()  # transformers' own; ours is shown
     with torch.no_grad():
         found = {"text": _text, "speech": _speech, "length": _length, "picture": _picture}[run.kind](run, progress)
     return {"experiment": "clustered", "kind": run.kind, "clusters": run.clusters, "topk": run.topk, **found}

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from flopwise.core import Budget, Ledger
 from flopwise.experiments.fashion_mnist import Augmented, Images, augment, load, normalise
-from flopwise.experiments.runner import Records, run_all
+from flopwise.experiments.runner import Records, run_all, save_checkpoint
 from flopwise.importance_sampling import ImportanceSampler, cosine
 from flopwise.importance_sampling.gate import GateRule
 
@@ -200,7 +200,9 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
                         "measured": measured_variance(model, sampler, run, train_set),
                     }
                 if time.monotonic() - written > CHECKPOINT_SECONDS:
-                    save(checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"record": record})
+                    save_checkpoint(
+                        checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"record": record}
+                    )
                     written = time.monotonic()
 
     record["curve"].append(_point(model, sampler, run, ledger, 1.0, train_set, test_set))
@@ -223,14 +225,6 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
         "test_error": test_error,
         "share_on": sampler.metrics()["share_on"],
     }
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
 
 
 @torch.no_grad()

@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flopwise import __version__
 
 Record = dict[str, Any]
 
@@ -73,10 +74,20 @@ def run_all(runs: Iterable[Run], train: Train, folder: Path, *, title: str) -> l
                     records.add(waiting[index], record)
                     (folder / "checkpoints" / f"{waiting[index].name}.pt").unlink(missing_ok=True)
                     progress.update(task, runs=f"{count} of {len(waiting)} runs")
+            pool.close()  # workers that end by themselves tidy up; those that are terminated leave semaphores
+            pool.join()
         finally:
             pool.terminate()
             pool.join()
     return [record for run in runs if (record := records.find(run)) is not None]
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
 
 
 def provenance() -> Record:
@@ -87,7 +98,7 @@ def provenance() -> Record:
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "flopwise": version("flopwise"),
+            "flopwise": __version__,
         },
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -20,7 +20,7 @@ from flopwise.importance_sampling.modes import find_models, scoring, statistics_
 from flopwise.importance_sampling.ranks import Ranks
 from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
 
-SCORED_ALL, SCORED_ONE_IN = 40, 4  # while off: the first presamples, then one in so many (it costs 2 % of a step)
+SCORED_ALL, SCORED_ONE_IN = 40, 8  # while off: the first presamples, then one in so many (it costs 2 % of a step)
 TIMED_STEPS = 10  # with cost="seconds": timings of each kind before their medians are frozen
 
 
@@ -59,7 +59,7 @@ class ImportanceSampler:
     into pieces of r * batch_size; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||,
     and `batch_size` examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n. While it is off
     every example is trained on in plain batches, and scores come from the outputs of the training step: of the first
-    40 presamples, then of one in 4, which is cheaper and enough. A presample, or its last piece, that is no larger than
+    40 presamples, then of one in 8, which is cheaper and enough. A presample, or its last piece, that is no larger than
     `batch_size` is trained on whole.
 
     Args:

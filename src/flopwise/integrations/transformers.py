@@ -22,11 +22,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from flopwise.clustered_attention import clustered_attention
+from flopwise.integrations.linear_transformers import LinearConfig as LinearConfig
+from flopwise.integrations.linear_transformers import LinearForCausalLM as LinearForCausalLM
+from flopwise.integrations.linear_transformers import use_linear as use_linear
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    from flopwise.integrations.attention_interface import NEEDS_SOFTMAX, attention_modules, configs, padding_mask
 except ImportError as error:
     raise ImportError(
         f"the Hugging Face integration needs transformers 5: pip install 'flopwise[hf]' ({error})."
@@ -34,7 +38,6 @@ except ImportError as error:
 
 NAME = "flopwise_clustered"
 NOT_SELECTED = "it was not selected"
-NEEDS_SOFTMAX = ("position_bias", "softcap", "s_aux")  # arguments of a layer that change its softmax
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def use_clustered(
             that is not there, or `config` does not fit.
     """
     _check_can_be_replaced(model)
-    names = [name for name, module in _attention_modules(model) if cannot_cluster(module) is None]
+    names = [name for name, module in attention_modules(model) if cannot_cluster(module) is None]
     if not names:
         raise ValueError(
             f"clustered attention is for encoders; every attention layer of {type(model).__name__} stays exact: "
@@ -121,24 +124,24 @@ def use_clustered(
             "`describe(model)` lists them."
         )
 
-    for _, module in _attention_modules(model):
+    for _, module in attention_modules(model):
         module.flopwise_setting = None
     for number, name in enumerate(names):
         chosen: Any = model.get_submodule(name)
         chosen.flopwise_setting = settings.get(number)
     model.set_attn_implementation(NAME)
     written = write_settings(settings)
-    for owner in _configs(model):
+    for owner in configs(model):
         owner.flopwise = written
 
 
 def use_exact(model: PreTrainedModel) -> None:
     """Back to exact attention, which is SDPA's, and no settings."""
     model.set_attn_implementation("sdpa")
-    for _, module in _attention_modules(model):
+    for _, module in attention_modules(model):
         if hasattr(module, "flopwise_setting"):
             del module.flopwise_setting
-    for owner in _configs(model):
+    for owner in configs(model):
         if hasattr(owner, "flopwise"):
             del owner.flopwise
 
@@ -151,7 +154,7 @@ def describe(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) ->
             lengths decide too; without them, it is what can be said beforehand.
     """
     found, number = [], 0
-    for name, module in _attention_modules(model):
+    for name, module in attention_modules(model):
         reason = cannot_cluster(module)
         place = number if reason is None else None
         number += reason is None
@@ -307,17 +310,6 @@ def attend(
     )
 
 
-def clustered_mask(*, mask_function: Any, allow_is_bidirectional_skip: bool = False, **kwargs: Any) -> Tensor | None:
-    """The mask that goes with `clustered_forward`: that of `sdpa`, but one row where all queries have the same.
-
-    One row, (batch, 1, 1, length), marks padding and nothing else: that is what can be clustered. A full matrix means
-    that each query has keys of its own (causal, sliding window, packed texts), and the layer stays exact.
-    """
-    if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip:
-        kwargs["q_length"] = 1
-    return sdpa_mask(mask_function=mask_function, allow_is_bidirectional_skip=allow_is_bidirectional_skip, **kwargs)
-
-
 _watch: Callable[[Call], None] | None = None  # see `observed`
 
 
@@ -365,23 +357,6 @@ def _setting(module: Any) -> Setting | None:
     return Setting()
 
 
-def _attention_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """The modules that look their attention function up by name, in order."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "is_causal") and hasattr(module, "config")
-    ]
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """The model's configuration and those of its attention modules, which may be parts of it; each once."""
-    found = {id(model.config): model.config}
-    for _, module in _attention_modules(model):
-        found.setdefault(id(module.config), module.config)
-    return list(found.values())
-
-
 def _check_can_be_replaced(model: PreTrainedModel) -> None:
     if not model._can_set_attn_implementation() or not model._supports_sdpa:
         raise ValueError(
@@ -391,4 +366,4 @@ def _check_can_be_replaced(model: PreTrainedModel) -> None:
 
 
 AttentionInterface.register(NAME, clustered_forward)
-AttentionMaskInterface.register(NAME, clustered_mask)
+AttentionMaskInterface.register(NAME, padding_mask)

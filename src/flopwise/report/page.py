@@ -3,10 +3,12 @@
 Every helper takes plain text and escapes it; only `Section.body` and `page` handle markup.
 """
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,11 @@ class Section:
     body: str
 
 
-def page(title: str, sections: Sequence[Section]) -> str:
-    """A complete HTML document which needs no other file and makes no request."""
+def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -> str:
+    """A complete HTML document which needs no other file and makes no request; `script` is a file beside this one."""
     resources = files("flopwise.report")
     style = resources.joinpath("style.css").read_text(encoding="utf-8")
-    script = resources.joinpath("hover.js").read_text(encoding="utf-8")
+    code = resources.joinpath(script).read_text(encoding="utf-8")
     body = "\n".join(f"<section>\n<h2>{escape(section.title)}</h2>\n{section.body}\n</section>" for section in sections)
     return f"""<!doctype html>
 <html lang="en">
@@ -39,10 +41,21 @@ def page(title: str, sections: Sequence[Section]) -> str:
 {body}
 </main>
 <script>
-{script}</script>
+{code}</script>
 </body>
 </html>
 """
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def paragraph(text: str, kind: str = "") -> str:

@@ -1,23 +1,32 @@
 """The way in: read a file of records, write the page."""
 
 import json
-import os
 from pathlib import Path
 
 from flopwise.report import (
+    attention,
     clustered,
     clustered_sections,
     importance,
     importance_sections,
+    linear,
     tuned,
     tuned_sections,
 )
-from flopwise.report.page import Section, page, paragraph
+from flopwise.report.page import Section, page, paragraph, write_page
 from flopwise.report.records import Record
 
-PROBLEM = {"importance": importance.problem, "clustered": clustered.problem, "tune": tuned.problem}
+PROBLEM = {
+    "importance": importance.problem,
+    "attention": attention.problem,
+    "linear": linear.problem,
+    "clustered": clustered.problem,
+    "tune": tuned.problem,
+}
 SECTIONS = {
     "importance": importance_sections.sections,
+    "attention": attention.sections,
+    "linear": linear.sections,
     "clustered": clustered_sections.sections,
     "tune": tuned_sections.sections,
 }
@@ -64,14 +73,7 @@ def write_report(records_path: Path, page_path: Path) -> None:
         experiments = {name: [r for r in records if r["experiment"] == name] for name in SECTIONS}
         sections = [part for name, found in experiments.items() if found for part in SECTIONS[name](found)]
     text = page("Stop wasting FLOPs: what was measured", sections)
-
-    page_path.parent.mkdir(parents=True, exist_ok=True)
-    part = page_path.with_name(f".{page_path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(page_path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_page(page_path, text)
 
 
 def _problem(record: object) -> str | None:

@@ -7,7 +7,6 @@ computes it again: fresh memory costs more than the products.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flopwise.clustered_attention.kernels.torch import offset
+from flopwise.core.threads import over_rows
 
 AVAILABLE = find_spec("numba") is not None
 BLOCK = 2**20  # numbers in a block: 4 MB of float32
@@ -85,7 +85,7 @@ def clustered_attend(
     Centroids and the sizes of clusters; the top keys (-1 for want of one) and the centroids' attention to them; the
     logarithm of the softmax's normaliser.
     """
-    q, k, v, members = *map(_rows, (query, key, value)), assignment.flatten(0, 1).contiguous()
+    q, k, v, members = _rows(query), _heads(key), _heads(value), assignment.flatten(0, 1).contiguous()
     rows, group, seen = len(q), query.shape[1] // key.shape[1], _seen(key_mask, key)
     centroid, number = q.new_empty(rows, clusters, q.shape[2]), members.new_empty(rows, clusters)
     top, top_attention = members.new_empty(rows, clusters, topk, dtype=torch.int32), q.new_empty(rows, clusters, topk)
@@ -234,6 +234,14 @@ def _rows(x: Float[Tensor, "b h n e"]) -> Float[Tensor, "bh n e"]:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _heads(x: Float[Tensor, "b g s e"]) -> Float[Tensor, "bg s e"]:
+    """The same without a copy where one text has its heads interleaved, as a projection does: few rows are read."""
+    x = x.flatten(0, 1)
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _seen(key_mask: Bool[Tensor, "b s"] | None, key: Float[Tensor, "b g s e"]) -> Bool[Tensor, "r s"]:
     """The mask of each key row; no rows for no mask."""
     if key_mask is None:
@@ -258,19 +266,9 @@ def _blocks(
 
 
 def _run(name: str, rows: int, *arguments: Tensor | int | float) -> None:
-    """Call a compiled loop over all rows, shared among as many threads as torch uses.
-
-    In plain threads, since the loops release the interpreter's lock. numba's own pool does not follow
-    torch.set_num_threads, and its default kind aborts the process when two threads of a program use it at once.
-    """
+    """Call a compiled loop over all rows."""
     from flopwise.clustered_attention.kernels import numba_loops
 
     loop: Callable[..., None] = getattr(numba_loops, name)
     arrays = [x.numpy() if isinstance(x, Tensor) else x for x in arguments]
-    threads = min(torch.get_num_threads(), rows)
-    if threads <= 1:
-        loop(0, rows, *arrays)
-        return
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda i: loop(bounds[i], bounds[i + 1], *arrays), range(threads)))
+    over_rows(loop, rows, arrays)

@@ -1,0 +1,132 @@
+"""Tokens per second of a linear model against the same model with softmax: with a key-value cache, and without.
+
+Alternating in one process, medians of CPU time. What a softmax step costs is smooth in the position, so the mean over
+a generation is the mean over Gauss' points.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+from flopwise.experiments.linear_baseline import CacheDecoder, SoftmaxCausalLM
+from flopwise.models import Decoder, LinearCausalLM
+
+# Gauss-Legendre on [0, 1] with 4 points: exact for costs that are polynomials of degree 7 in the position
+GAUSS = ((0.069432, 0.173927), (0.330009, 0.326073), (0.669991, 0.326073), (0.930568, 0.173927))
+SLICE = 8  # sequences without a cache that go through the model together, so that they stay in the processor's cache
+
+Work = Callable[[], object]
+
+
+@torch.inference_mode()
+def measure(
+    linear: LinearCausalLM,
+    softmax: SoftmaxCausalLM,
+    *,
+    batch: int,
+    lengths: tuple[int, ...],
+    rounds: int,
+    burst: int,
+    beside: Mapping[str, Work] | None = None,
+) -> dict[str, Any]:
+    """How fast `batch` sequences are generated, from nothing to each of `lengths` tokens.
+
+    Args:
+        rounds: measurements of each, of which the median counts.
+        burst: steps in a row in one measurement, as in a generation, where the weights were read a step before.
+        beside: what else is timed in the same rounds.
+
+    Returns:
+        "step_ms" of the linear decoders (int8 at batch 1 only); "by_position" tokens a second, for a curve; for each
+        length "tokens_per_second" and the gains; "beside_ms".
+    """
+    ids = torch.zeros(batch, dtype=torch.int64)
+    decoders: dict[str, Decoder] = {"linear": linear.decoder(batch)}
+    if batch == 1:
+        decoders["linear, int8"] = linear.decoder(batch, weights="int8")
+    places = sorted({position for length in lengths for position in positions(length)})
+    cache = CacheDecoder(softmax, batch, max(lengths))
+
+    def cached(position: int) -> Work:
+        def work() -> object:
+            cache.position = position
+            return cache.step(ids)
+
+        return work
+
+    works: dict[str, Work] = {}
+    for position in places:  # linear steps between those of the cache, so that all see the same machine
+        works |= {f"{name} {position}": _step(decoder, ids) for name, decoder in decoders.items()}
+        works[f"cache {position}"] = cached(position)
+    beside = beside or {}
+    times = alternating({**works, **beside}, rounds, burst)
+
+    at = {name: {p: times[f"{name} {p}"] for p in places} for name in (*decoders, "cache")}
+    step = {name: median(at[name].values()) for name in decoders}
+    anew = {position: _without_cache(softmax, batch, position, 3 if batch == 1 else 1) for position in places}
+    result: dict[str, Any] = {
+        "batch": batch,
+        "backend": decoders["linear"].backend,
+        "step_ms": {name: 1e3 * value for name, value in step.items()},
+        "beside_ms": {name: 1e3 * times[name] for name in beside},
+        "by_position": {
+            name: [{"position": p, "tokens_per_second": batch / t} for p, t in values.items()]
+            for name, values in (at | {"no cache": anew}).items()
+        },
+        "lengths": [],
+    }
+    for length in lengths:
+        baselines = {"cache": mean_over(length, at["cache"]), "no cache": mean_over(length, anew)}
+        result["lengths"].append(
+            {
+                "length": length,
+                "tokens_per_second": {name: batch / value for name, value in (step | baselines).items()},
+                "gain over cache": {name: baselines["cache"] / value for name, value in step.items()},
+                "gain over no cache": {name: baselines["no cache"] / value for name, value in step.items()},
+            }
+        )
+    return result
+
+
+def seconds(work: Work, repeats: int = 1) -> float:
+    start = time.process_time()
+    for _ in range(repeats):
+        work()
+    return (time.process_time() - start) / repeats
+
+
+def alternating(works: Mapping[str, Work], rounds: int, burst: int) -> dict[str, float]:
+    """Median seconds of each, one after the other, round after round; each is warmed up before it is timed."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            work()
+            times[name].append(seconds(work, burst))
+    return {name: median(values) for name, values in times.items()}
+
+
+def positions(length: int) -> list[int]:
+    """Gauss' points in a generation of `length` tokens."""
+    return [round(place * length) for place, _ in GAUSS]
+
+
+def mean_over(length: int, at: Mapping[int, float]) -> float:
+    """The mean of a cost over a generation, from the cost at `positions`."""
+    return sum(weight * at[position] for position, (_, weight) in zip(positions(length), GAUSS, strict=True))
+
+
+def _step(decoder: Decoder, ids: torch.Tensor) -> Work:
+    return lambda: decoder.step(ids)
+
+
+def _without_cache(model: SoftmaxCausalLM, batch: int, position: int, repeats: int) -> float:
+    """Seconds for one more token when everything before is computed anew; the logits of the last position only."""
+    ids = torch.zeros(min(batch, SLICE), position + 1, dtype=torch.int64)
+
+    def work() -> None:
+        model.head(model.hidden(ids)[:, -1])
+
+    return median(seconds(work) for _ in range(repeats)) * batch / len(ids)

@@ -1,0 +1,607 @@
+"""The compiled loops behind `numba.py`, which alone imports this file, and only to run them.
+
+A row is a text and a key head, with the query heads that read it; every loop works on rows start..stop, so that threads
+can share them. Tensors come as `(numbers, text stride, head stride, position stride)`: flat, so that no input need be
+copied to be contiguous. Within a row the sequence is worked on in chunks; all that a chunk needs fits the first- and
+second-level cache, padded with zeros to whole vectors: width e to E, value width m to M, count positions to CHUNK.
+`no_type_check` keeps the tests' shape checks, which wrap Python functions, away from what numba compiles.
+"""
+
+from typing import no_type_check
+
+import numpy as np
+from numba import njit
+
+from flopwise.linear_attention.kernels.numba import CHUNK
+from flopwise.linear_attention.kernels.numba_vectors import (
+    LANES,
+    TILE,
+    add_scaled_vector,
+    dot_vector,
+    elu_vector,
+    multiply_vector,
+    one_vector,
+    prefetch,
+    scale_vector,
+    through_elu_vector,
+    transpose_block,
+    two_vectors,
+)
+
+# Reassociation and contraction make loops vectorise; not "nnan" and "ninf": nan must show.
+compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+exactly = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@compiled
+@no_type_check
+def add_product(out, a, b, add):
+    """out = a @ b, plus out if `add`."""
+    inner, columns = b.shape
+    for m in range(0, columns, 2 * LANES):
+        if m + LANES < columns:
+            for i in range(0, len(out), TILE):
+                two_vectors(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
+        else:
+            for i in range(0, len(out), 2 * TILE):
+                one_vector(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
+
+
+@compiled
+@no_type_check
+def add_transposed_product(out, a, b, add):
+    """out = a^T @ b."""
+    rows, columns = out.shape
+    for m in range(0, columns, 2 * LANES):
+        if m + LANES < columns:
+            for i in range(0, rows, TILE):
+                two_vectors(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
+        else:
+            for i in range(0, rows, 2 * TILE):
+                one_vector(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
+
+
+@compiled
+@no_type_check
+def add_product_past(out, a, b):
+    """out += a @ b for a lower triangular `a` (CHUNK, CHUNK)."""
+    columns = b.shape[1]
+    for m in range(0, columns, 2 * LANES):
+        if m + LANES < columns:
+            for i in range(0, CHUNK, TILE):
+                at = i * columns + m
+                two_vectors(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, at, columns, True)
+        else:
+            for i in range(0, CHUNK, 2 * TILE):
+                at = i * columns + m
+                one_vector(a, i * CHUNK, CHUNK, 1, b, m, columns, i + 2 * TILE, out, at, columns, True)
+
+
+@compiled
+@no_type_check
+def add_product_future(out, a, b):
+    """out += a^T @ b for a lower triangular `a` (CHUNK, CHUNK)."""
+    columns = b.shape[1]
+    for m in range(0, columns, 2 * LANES):
+        if m + LANES < columns:
+            for i in range(0, CHUNK, TILE):
+                at = i * columns + m
+                two_vectors(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
+        else:
+            for i in range(0, CHUNK, 2 * TILE):
+                at = i * columns + m
+                one_vector(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
+
+
+@compiled
+@no_type_check
+def transpose(x, out):
+    """out = x^T."""
+    rows, columns = x.shape
+    for i in range(0, rows, LANES):
+        for j in range(0, columns, LANES):
+            transpose_block(x, i * columns + j, columns, out, j * rows + i, rows)
+
+
+@exactly
+@no_type_check
+def load(x, at, stride, count, width, out, ahead):
+    """Rows x[at + i stride : ... + width] of a chunk into out (CHUNK, padded width); those `ahead` come next."""
+    whole = width - width % LANES
+    for i in range(count):
+        for e in range(0, whole, LANES):
+            prefetch(x, at + (i + ahead) * stride + e)
+            scale_vector(np.float32(1), x, at + i * stride + e, out, i * out.shape[1] + e)
+        for e in range(whole, width):
+            out[i, e] = x[at + i * stride + e]
+    for i in range(count, len(out)):
+        for e in range(out.shape[1]):
+            out[i, e] = 0
+
+
+@exactly
+@no_type_check
+def load_features(x, at, stride, count, width, out, ahead, use_elu):
+    """phi of a chunk's rows; what is padded has features 0."""
+    if not use_elu:
+        load(x, at, stride, count, width, out, ahead)
+        return
+    whole = width - width % LANES
+    for i in range(count):
+        for e in range(0, whole, LANES):
+            prefetch(x, at + (i + ahead) * stride + e)
+            elu_vector(x, at + i * stride + e, out, i * out.shape[1] + e)
+        if whole < width:
+            for e in range(whole, whole + LANES):
+                out[i, e] = x[at + i * stride + e] if e < width else -np.inf
+            elu_vector(out, i * out.shape[1] + whole, out, i * out.shape[1] + whole)
+    for i in range(count, len(out)):
+        for e in range(out.shape[1]):
+            out[i, e] = 0
+
+
+@compiled
+@no_type_check
+def matrix(rows, columns):
+    """Zeros that begin at a cache line: a vector that straddles two of them is read twice."""
+    numbers = np.zeros(rows * columns + 16, np.float32)
+    begin = -(numbers.ctypes.data // 4) % 16
+    return numbers[begin : begin + rows * columns].reshape(rows, columns)
+
+
+@compiled
+@no_type_check
+def padded(width):
+    """The next multiple of CHUNK, and so of LANES and 2 TILE."""
+    return -(-width // CHUNK) * CHUNK
+
+
+@compiled
+@no_type_check
+def place(x, text, head, position):
+    """Where in its numbers a tensor has this position."""
+    return text * x[1] + head * x[2] + position * x[3]
+
+
+@compiled
+@no_type_check
+def heads_of(group, query):
+    """The query heads that read key head `group`."""
+    per_group = query[4]
+    return range(group * per_group, (group + 1) * per_group)
+
+
+@compiled
+@no_type_check
+def powers_of(decay, powers, past):
+    """powers[i] = decay^i, and past[i, j] = decay^(i - j) for j <= i, otherwise 0."""
+    powers[0, 0] = 1
+    for i in range(CHUNK):
+        powers[0, i + 1] = powers[0, i] * decay
+    for i in range(CHUNK):
+        for j in range(i + 1):
+            past[i, j] = powers[0, i - j]
+
+
+@compiled
+@no_type_check
+def weigh(x, powers, first, step, count, out):
+    """out[i] = powers[first + step i] x[i]; rows from count on are 0 in x, and in out."""
+    for i in range(len(x)):
+        factor = powers[0, first + step * i] if i < count else np.float32(0)
+        for e in range(x.shape[1]):
+            out[i, e] = factor * x[i, e]
+
+
+@compiled
+@no_type_check
+def multiply(x, y):
+    """x *= y."""
+    for at in range(0, x.size, LANES):
+        multiply_vector(x, at, y, at, x, at)
+
+
+@exactly
+@no_type_check
+def store(x, out, at, stride, count, width, ahead):
+    """The reverse of `load`; memory is fetched to be written, too."""
+    whole = width - width % LANES
+    for i in range(count):
+        for e in range(0, whole, LANES):
+            prefetch(out, at + (i + ahead) * stride + e)
+            scale_vector(np.float32(1), x, i * x.shape[1] + e, out, at + i * stride + e)
+        for e in range(whole, width):
+            out[at + i * stride + e] = x[i, e]
+
+
+@compiled
+@no_type_check
+def load_state(memory, text, group, state):
+    """memory[text, group], padded."""
+    _, groups, width, value_width = memory.shape
+    at = (text * groups + group) * width * value_width
+    load(memory.reshape(-1), at, value_width, width, value_width, state, 0)
+
+
+@compiled
+@no_type_check
+def store_state(state, memory, text, group):
+    """The reverse of `load_state`."""
+    _, groups, width, value_width = memory.shape
+    at = (text * groups + group) * width * value_width
+    store(state, memory.reshape(-1), at, value_width, width, value_width, 0)
+
+
+@compiled
+@no_type_check
+def scale_rows(x, factors):
+    """x[i] *= factors[i]."""
+    columns = x.shape[1]
+    for i in range(CHUNK):
+        for e in range(0, columns, LANES):
+            scale_vector(factors[0, i], x, i * columns + e, x, i * columns + e)
+
+
+@compiled
+@no_type_check
+def dot_rows(x, y, y_stride, partial):
+    """partial[i] (LANES) adds up to x[i] . y[i y_stride : ...]."""
+    columns = x.shape[1]
+    for i in range(CHUNK):
+        dot_vector(x, i * columns, y, i * y_stride, columns, partial, i * LANES)
+
+
+@compiled
+@no_type_check
+def add_row_sums(x, partial):
+    """partial[i] adds up to the sum of x[i] more."""
+    columns = x.shape[1]
+    for i in range(CHUNK):
+        for e in range(0, columns, LANES):
+            add_scaled_vector(np.float32(1), x, i * columns + e, partial, i * LANES)
+
+
+@compiled
+@no_type_check
+def add_up(partial, partial_t, out):
+    """out[0, i] = sum of partial[i], transposed so that whole vectors are added."""
+    transpose(partial, partial_t)
+    out[:] = 0
+    add_rows(partial_t, out)
+
+
+@compiled
+@no_type_check
+def shrink(x, factor):
+    """x *= factor."""
+    for i in range(len(x)):
+        for j in range(x.shape[1]):
+            x[i, j] *= factor
+
+
+@compiled
+@no_type_check
+def add_rows(x, out):
+    """out[0] += sum_i x[i]."""
+    columns = x.shape[1]
+    for i in range(len(x)):
+        for e in range(0, columns, LANES):
+            add_scaled_vector(np.float32(1), x, i * columns + e, out, e)
+
+
+@compiled
+@no_type_check
+def invert(x):
+    """1 / x, and 0 for 0, in place."""
+    for i in range(CHUNK):
+        x[0, i] = np.float32(0) if x[0, i] == 0 else np.float32(1) / x[0, i]
+
+
+@compiled
+@no_type_check
+def write_output(product, total, out, denominator, text, head, first, count, value_width):
+    """Numerators and denominators of a chunk into the output, their ratio, and the denominators."""
+    at = place(denominator, text, head, first)
+    for i in range(count):
+        denominator[0][at + i] = total[0, i]
+    invert(total)
+    scale_rows(product, total)
+    store(product, out[0], place(out, text, head, first), out[3], count, value_width, CHUNK)
+
+
+@compiled
+@no_type_check
+def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse, ahead):
+    """g = grad / denominator, of a chunk."""
+    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, g, ahead)
+    inverse[:] = 0
+    at = place(denominator, text, head, first)
+    for i in range(count):
+        inverse[0, i] = denominator[0][at + i]
+    invert(inverse)
+    scale_rows(g, inverse)
+
+
+@compiled
+@no_type_check
+def add_outer(numbers, x, out):
+    """out[i] += numbers[i] x[0]."""
+    columns = x.shape[1]
+    for i in range(CHUNK):
+        for e in range(0, columns, LANES):
+            add_scaled_vector(numbers[i], x, e, out, i * columns + e)
+
+
+@compiled
+@no_type_check
+def add_weighted_rows(numbers, x, out):
+    """out[0] += sum_i numbers[i] x[i]."""
+    columns = x.shape[1]
+    for i in range(CHUNK):
+        for e in range(0, columns, LANES):
+            add_scaled_vector(numbers[i], x, i * columns + e, out, e)
+
+
+@compiled
+@no_type_check
+def through_elu(grad, features):
+    """The gradient of x from that of its features elu(x) + 1, in place: the derivative is min(features, 1)."""
+    for at in range(0, grad.size, LANES):
+        through_elu_vector(grad, at, features, at, grad, at)
+
+
+@compiled
+@no_type_check
+def causal_forward(
+    start, stop, bounds, _, query, key, value, decay, memory, normaliser, use_elu,
+    out, denominator, last_memory, last_normaliser,
+):  # fmt: skip
+    """`kernels.torch.forward` of causal attention: out_i = past (q k^T) v + q S, and S takes in the chunk."""
+    _, groups, width, value_width = memory.shape
+    E, M, decays = padded(width), padded(value_width), len(decay) > 0
+    q, k, v, k_t = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M), matrix(E, CHUNK)
+    q_scaled, k_scaled = (matrix(CHUNK, E), matrix(CHUNK, E)) if decays else (q, k)
+    attention, past, powers = matrix(CHUNK, CHUNK), matrix(CHUNK, CHUNK), matrix(1, CHUNK + 1)
+    product, S, z = matrix(CHUNK, M), matrix(E, M), matrix(1, E)
+    partial, partial_t, total = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK)
+    powers_of(np.float32(1), powers, past)
+    for row in range(start, stop):
+        text, group = row // groups, row % groups
+        begin, end = bounds[text, 0], bounds[text, 1]
+        load_state(memory, text, group, S)
+        z[0, :width] = normaliser[text, group]
+        if decays:
+            powers_of(decay[text, group], powers, past)
+        for first in range(begin, end, CHUNK):
+            count = min(CHUNK, end - first)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
+            transpose(k, k_t)
+            for head in heads_of(group, query):
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                add_product(attention, q, k_t, False)
+                multiply(attention, past)
+                if decays:
+                    weigh(q, powers, 1, 1, count, q_scaled)
+                add_product(product, q_scaled, S, False)
+                add_product_past(product, attention, v)
+                dot_rows(q_scaled, z, 0, partial)
+                add_row_sums(attention, partial)
+                add_up(partial, partial_t, total)
+                write_output(product, total, out, denominator, text, head, first, count, value_width)
+            if decays:
+                weigh(k, powers, count - 1, -1, count, k_scaled)
+                shrink(S, powers[0, count])
+                shrink(z, powers[0, count])
+            add_transposed_product(S, k_scaled, v, True)
+            add_rows(k_scaled, z)
+        store_state(S, last_memory, text, group)
+        last_normaliser[text, group] = z[0, :width]
+
+
+@compiled
+@no_type_check
+def causal_backward(
+    start, stop, bounds, _, query, key, value, decay, memory, normaliser, use_elu,
+    out, denominator, last_memory, last_normaliser, grad_out, grad_last_memory, grad_last_normaliser,
+    grad_query, grad_key, grad_value, grad_memory, grad_normaliser,
+):  # fmt: skip
+    """`kernels.torch.backward` of causal attention: forwards in time for the query, backwards for key and value.
+
+    g' = [g, share]: `g` is grad_out / d and `share`, -(g . y), stands for the denominator's column of ones.
+    """
+    _, groups, width, value_width = memory.shape
+    E, M, decays = padded(width), padded(value_width), len(decay) > 0
+    q, k, k_t = matrix(CHUNK, E), matrix(CHUNK, E), matrix(E, CHUNK)
+    g, v, v_t, y = matrix(CHUNK, M), matrix(CHUNK, M), matrix(M, CHUNK), matrix(CHUNK, M)
+    q_scaled, k_scaled = (matrix(CHUNK, E), matrix(CHUNK, E)) if decays else (q, k)
+    g_scaled, v_scaled = (matrix(CHUNK, M), matrix(CHUNK, M)) if decays else (g, v)
+    v_t_scaled = matrix(M, CHUNK) if decays else v_t
+    attention, grad_attention = matrix(CHUNK, CHUNK), matrix(CHUNK, CHUNK)
+    past, powers = matrix(CHUNK, CHUNK), matrix(1, CHUNK + 1)
+    grad_e, grad_t, grad_m = matrix(CHUNK, E), matrix(E, CHUNK), matrix(CHUNK, M)
+    state, state_t = matrix(E, M), matrix(M, E)
+    z, r, inverse, ones = matrix(1, E), matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK)
+    weights = np.ones(CHUNK, np.float32)
+    partial, partial_t, total = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK)
+    shares = np.zeros((query[4], (bounds[:, 1] - bounds[:, 0]).max() + CHUNK), np.float32)
+    ones[:] = 1
+    powers_of(np.float32(1), powers, past)
+    for row in range(start, stop):
+        text, group = row // groups, row % groups
+        begin, end = bounds[text, 0], bounds[text, 1]
+        if decays:
+            powers_of(decay[text, group], powers, past)
+
+        load_state(memory, text, group, state)
+        transpose(state, state_t)  # S^T
+        z[0, :width] = normaliser[text, group]
+        for first in range(begin, end, CHUNK):
+            count = min(CHUNK, end - first)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
+            transpose(v, v_t)
+            for head in heads_of(group, query):
+                share = shares[head % len(shares), first - begin : first - begin + CHUNK]
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
+                dot_rows(g, y, M, partial)
+                add_up(partial, partial_t, total)
+                for i in range(CHUNK):
+                    share[i] = -total[0, i]
+                add_product(grad_attention, g, v_t, False)
+                add_outer(share, ones, grad_attention)
+                multiply(grad_attention, past)
+                if decays:
+                    weigh(g, powers, 1, 1, count, g_scaled)
+                    for i in range(CHUNK):
+                        weights[i] = powers[0, i + 1]
+                for i in range(CHUNK):
+                    total[0, i] = share[i] * weights[i]
+                add_product(grad_e, g_scaled, state_t, False)
+                add_outer(total[0], z, grad_e)
+                add_product_past(grad_e, grad_attention, k)
+                if use_elu:
+                    load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                    through_elu(grad_e, q)
+                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width, CHUNK)
+            if decays:
+                weigh(k, powers, count - 1, -1, count, k_scaled)
+                shrink(state_t, powers[0, count])
+                shrink(z, powers[0, count])
+            add_transposed_product(state_t, v, k_scaled, True)
+            add_rows(k_scaled, z)
+
+        load_state(grad_last_memory, text, group, state)  # R
+        z[0, :width] = grad_last_normaliser[text, group]
+        for chunk in range((end - begin - 1) // CHUNK, -1, -1):
+            first = begin + chunk * CHUNK
+            count = min(CHUNK, end - first)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, -CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, -CHUNK)
+            transpose(k, k_t)
+            transpose(v, v_t)
+            if decays:
+                weigh(k, powers, count - 1, -1, count, k_scaled)
+                weigh(v, powers, count - 1, -1, count, v_scaled)
+                transpose(v_scaled, v_t_scaled)
+                for j in range(CHUNK):
+                    weights[j] = powers[0, max(count - 1 - j, 0)]
+            # d phi(k)^T = R v^T and not d phi(k) = v R^T, which would take R^T from the cache as well
+            add_product(grad_t, state, v_t_scaled, False)
+            add_product(grad_m, k_scaled, state, False)
+            r[:] = z
+            if decays:
+                shrink(state, powers[0, count])
+                shrink(z, powers[0, count])
+            for head in heads_of(group, query):
+                share = shares[head % len(shares), first - begin : first - begin + CHUNK]
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, -CHUNK, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, -CHUNK)
+                add_product(attention, q, k_t, False)
+                multiply(attention, past)
+                add_product(grad_attention, g, v_t, False)
+                add_outer(share, ones, grad_attention)
+                multiply(grad_attention, past)
+                add_transposed_product(grad_t, q, grad_attention, True)
+                add_product_future(grad_m, attention, g)
+                if decays:
+                    weigh(q, powers, 1, 1, count, q_scaled)
+                add_transposed_product(state, q_scaled, g, True)
+                add_weighted_rows(share, q_scaled, z)
+            transpose(grad_t, grad_e)
+            add_outer(weights, r, grad_e)
+            if use_elu:
+                through_elu(grad_e, k)
+            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width, -CHUNK)
+            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width, -CHUNK)
+        store_state(state, grad_memory, text, group)
+        grad_normaliser[text, group] = z[0, :width]
+
+
+@compiled
+@no_type_check
+def full_forward(
+    start, stop, bounds, key_bounds, query, key, value, decay, memory, normaliser, use_elu,
+    out, denominator, last_memory, last_normaliser,
+):  # fmt: skip
+    """`kernels.torch.forward` of attention to all keys: S first, then q S."""
+    _, groups, width, value_width = memory.shape
+    E, M = padded(width), padded(value_width)
+    q, k, v = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M)
+    product, S, z, total = matrix(CHUNK, M), matrix(E, M), matrix(1, E), matrix(1, CHUNK)
+    partial, partial_t = matrix(CHUNK, LANES), matrix(LANES, CHUNK)
+    for row in range(start, stop):
+        text, group = row // groups, row % groups
+        load_state(memory, text, group, S)
+        z[0, :width] = normaliser[text, group]
+        for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
+            count = min(CHUNK, key_bounds[text, 1] - first)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
+            add_transposed_product(S, k, v, True)
+            add_rows(k, z)
+        for head in heads_of(group, query):
+            for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
+                count = min(CHUNK, bounds[text, 1] - first)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                add_product(product, q, S, False)
+                dot_rows(q, z, 0, partial)
+                add_up(partial, partial_t, total)
+                write_output(product, total, out, denominator, text, head, first, count, value_width)
+        store_state(S, last_memory, text, group)
+        last_normaliser[text, group] = z[0, :width]
+
+
+@compiled
+@no_type_check
+def full_backward(
+    start, stop, bounds, key_bounds, query, key, value, decay, memory, normaliser, use_elu,
+    out, denominator, last_memory, last_normaliser, grad_out, grad_last_memory, grad_last_normaliser,
+    grad_query, grad_key, grad_value, grad_memory, grad_normaliser,
+):  # fmt: skip
+    """`kernels.torch.backward` of attention to all keys: over the queries, which give R, then over the keys."""
+    _, groups, width, value_width = memory.shape
+    E, M = padded(width), padded(value_width)
+    q, k, g, v, y = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M), matrix(CHUNK, M), matrix(CHUNK, M)
+    grad_e, grad_m = matrix(CHUNK, E), matrix(CHUNK, M)
+    S, S_t, R, R_t = matrix(E, M), matrix(M, E), matrix(E, M), matrix(M, E)
+    z, r, inverse, total = matrix(1, E), matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK)
+    partial, partial_t, ones = matrix(CHUNK, LANES), matrix(LANES, CHUNK), np.ones(CHUNK, np.float32)
+    for row in range(start, stop):
+        text, group = row // groups, row % groups
+        load_state(last_memory, text, group, S)
+        z[0, :width] = last_normaliser[text, group]
+        load_state(grad_last_memory, text, group, R)
+        r[0, :width] = grad_last_normaliser[text, group]
+        transpose(S, S_t)
+        for head in heads_of(group, query):
+            for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
+                count = min(CHUNK, bounds[text, 1] - first)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
+                dot_rows(g, y, M, partial)
+                add_up(partial, partial_t, total)
+                shrink(total, np.float32(-1))  # the share of the denominator
+                add_product(grad_e, g, S_t, False)
+                add_outer(total[0], z, grad_e)
+                add_transposed_product(R, q, g, True)
+                add_weighted_rows(total[0], q, r)
+                if use_elu:
+                    through_elu(grad_e, q)
+                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width, CHUNK)
+        transpose(R, R_t)
+        for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
+            count = min(CHUNK, key_bounds[text, 1] - first)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
+            add_product(grad_e, v, R_t, False)
+            add_outer(ones, r, grad_e)
+            add_product(grad_m, k, R, False)
+            if use_elu:
+                through_elu(grad_e, k)
+            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width, CHUNK)
+            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width, CHUNK)
+        store_state(R, grad_memory, text, group)
+        grad_normaliser[text, group] = r[0, :width]

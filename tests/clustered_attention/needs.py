@@ -1,7 +1,0 @@
-"""What some tests need to run."""
-
-import pytest
-
-from flopwise.clustered_attention.kernels import numba
-
-numba_installed = pytest.mark.skipif(not numba.AVAILABLE, reason="numba is not installed: pip install 'flopwise[cpu]'")
