@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner, Result
 
 from flopwise.cli import app
@@ -40,10 +43,12 @@ def without_hf(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "teaches"),
     [
-        ((), ["demo", "tune"]),
+        ((), ["demo", "tune", "audit"]),
         (("demo",), ["importance", "clustered", "all that can run here"]),
         (("demo", "importance"), ["--budget", "equal FLOPs"]),
         (("demo", "clustered"), ["--texts", "--clips", "--out", "the ceiling", "Ctrl-C"]),
+        (("audit",), ["importance", "before you use it"]),
+        (("audit", "importance"), ["MODULE:FUNCTION", "--cost", "--seconds", "--out", "return model,", "Below 0.9"]),
         (("tune",), ["--data", "--tolerance", "--metric", "use_clustered(model, config=", "stays exact"]),
     ],
 )
@@ -115,6 +120,11 @@ def test_missing_packages_are_named_with_their_commands(monkeypatch, tmp_path):
     [
         (("demo", "clustered", "--texts", "3"), "--texts"),
         (("demo", "clustered", "--clips", "-1"), "--clips"),
+        (("audit", "importance"), "Missing argument"),
+        (("audit", "importance", "no_such_module:setup"), "named module:function, importable from here"),
+        (("audit", "importance", "test_cli:an_empty_loader", "--steps", "0"), "yielded nothing"),
+        (("audit", "importance", "test_cli:setup", "--cost", "money"), "--cost"),
+        (("audit", "importance", "test_cli:setup", "--examples", "3"), "--examples"),
         (("tune",), "Missing argument"),
         (("tune", "model"), "Missing option '--data'"),
         (("tune", "model", "--data", "nowhere.txt"), "does not exist"),
@@ -126,6 +136,42 @@ def test_missing_packages_are_named_with_their_commands(monkeypatch, tmp_path):
 def test_bad_arguments(arguments, complaint):
     result = run(*arguments)
     assert result.exit_code == 2 and complaint in said(result), result.output
+
+
+# --- audit ---
+
+
+def setup():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator)
+    loss = partial(cross_entropy, reduction="none")
+    data = (x, (x[:, :3] * x[:, 3:]).argmax(1))
+    return nn.Linear(6, 3), lambda outputs, batch: loss(outputs, batch[1]), [tuple(part[:16] for part in data)]
+
+
+def an_empty_loader():
+    return (*setup()[:2], [])
+
+
+def test_an_audit_is_printed_recorded_and_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    for count in (1, 2):
+        result = run("audit", "importance", "test_cli:setup", "--steps", 3, "--examples", 64)
+        assert result.exit_code == 0, result.output
+        records = read_records(tmp_path / "audit" / "records.jsonl")
+        assert len(records) == count
+    assert records[-1]["verdict"] in said(result) and "tau^2" in said(result)
+    assert records[-1]["run"]["setup"] == "test_cli:setup" and records[-1]["experiment"] == "audit"
+    assert "test_cli:setup: importance sampling is" in (tmp_path / "audit" / "index.html").read_text()
+
+
+def test_a_setup_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "my_training.py").write_text("from test_cli import setup\n")
+    result = run("audit", "importance", "my_training:setup", "--steps", 0, "--examples", 64, "--cost", "seconds")
+    assert result.exit_code == 0, result.output
 
 
 # --- demo clustered ---

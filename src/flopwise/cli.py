@@ -1,6 +1,7 @@
 """The command line: `flopwise --help`."""
 
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,6 +28,12 @@ demo_app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(demo_app, name="demo")
+audit_app = typer.Typer(
+    help="Ask whether a technique would help in your own training, before you use it.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+app.add_typer(audit_app, name="audit")
 
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds each method is trained with; the band in the plots.")]
 Out = Annotated[Path, typer.Option(help="Folder of the records, checkpoints and the page. Run again to go on there.")]
@@ -190,6 +197,75 @@ def demo_linear(
     _run(lambda: linear_demo.play(out, length=length, seed=seed, write=write), out)
     console.print("\n")
     _print_linear(console, out / "records.jsonl")
+    _print_paths(out)
+
+
+class Price(StrEnum):
+    flops = "flops"
+    seconds = "seconds"
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What tells one run of `flopwise audit` from another."""
+
+    setup: str
+    cost: str
+    seed: int
+    started: str
+
+
+@audit_app.command("importance")
+def audit_importance_sampling(
+    setup: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Importable from here, without arguments.")],
+    cost: Annotated[
+        Price,
+        typer.Option(help="What is equal in the comparison: FLOPs, which are counted, or seconds of this machine."),
+    ] = Price.flops,
+    seconds: Annotated[float, typer.Option(min=1, help="Time for the audit; half of it is a short training.")] = 60.0,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps of the short training, in place of time; 0 for none.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=64, help="At most so many gradients are measured, twice.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the simulated draws.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the records and the page.")] = Path("audit"),
+) -> None:
+    """Will importance sampling help here? A prediction for your model, loss and data, in about a minute.
+
+    FUNCTION returns what you train: the model, the loss of every example, and a loader of the batches you use now.
+
+        def setup():
+            return model, lambda outputs, batch: cross_entropy(outputs, batch[1], reduction="none"), loader
+
+    The gradients of some hundred examples are computed exactly, before and after a short training of a copy of the
+    model. From them, and from what scoring costs, follows R: the variance of a step at equal cost, relative to uniform
+    sampling. Below 0.9, importance sampling is likely to help, and 1 / R is the most it can win; otherwise the answer
+    says why not. Early in training there is little to gain: a checkpoint from the middle tells more than a new model.
+
+    From Python: `print(audit_importance(setup))`, from `flopwise.experiments.audit`.
+    """
+    from flopwise.experiments.audit import audit_importance
+    from flopwise.experiments.runner import Records
+    from flopwise.report import write_report
+
+    console = Console()
+    sys.path.insert(0, str(Path.cwd()))
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        with console.status("measuring gradients"):
+            found = audit_importance(
+                setup,
+                cost="seconds" if cost is Price.seconds else "flops",
+                seconds=seconds,
+                steps=steps,
+                examples=examples,
+                seed=seed,
+            )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="MODULE:FUNCTION") from error
+    Records(out).add(Audited(setup, cost.value, seed, started), found.record())
+    write_report(out / "records.jsonl", out / "index.html")
+    console.print(str(found), highlight=False, markup=False)
     _print_paths(out)
 
 

@@ -35,7 +35,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     found = [_verdict(records, selection)]
     if selection.methods:
         found += [_results(records, selection), _curves(selection), *_gate(selection), *_cost(records)]
-    return [*found, _tuning(selection), _when_not(), _measured(records, selection)]
+    return [*found, _tuning(selection), when_not(), _measured(records, selection)]
 
 
 def _verdict(records: Sequence[Record], selection: Selection) -> Section:
@@ -208,7 +208,7 @@ def _grid_verdict(best: tuple[float, int] | None, rates: Sequence[float], batche
     return f"{at}. It lies inside the grid."
 
 
-def _when_not() -> Section:
+def when_not() -> Section:
     reasons = [
         "The model memorises its training data: the draw dwells on what it cannot fit, and test error can rise.",
         "Labels are noisy: an example with a wrong label keeps a large gradient.",

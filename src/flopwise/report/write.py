@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flopwise.report import (
     attention,
+    audit,
     clustered,
     clustered_sections,
     importance,
@@ -18,6 +19,7 @@ from flopwise.report.records import Record
 
 PROBLEM = {
     "importance": importance.problem,
+    "audit": audit.problem,
     "attention": attention.problem,
     "linear": linear.problem,
     "clustered": clustered.problem,
@@ -25,6 +27,7 @@ PROBLEM = {
 }
 SECTIONS = {
     "importance": importance_sections.sections,
+    "audit": audit.sections,
     "attention": attention.sections,
     "linear": linear.sections,
     "clustered": clustered_sections.sections,
