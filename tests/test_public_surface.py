@@ -5,6 +5,7 @@ import sys
 
 import flopwise
 from flopwise import attention_sampling, clustered_attention, importance_sampling, linear_attention, models, report
+from flopwise.experiments import baselines
 
 PUBLIC = {
     flopwise: {"Budget", "ImportanceSampler", "Ledger", "endless"},
@@ -73,6 +74,16 @@ PUBLIC = {
         "Snapshot",
     },
     report: {"read_records", "write_report"},
+    baselines: {
+        "Baseline",
+        "History",
+        "InfoBatch",
+        "OnlineBatchSelection",
+        "RandomSubset",
+        "SelectiveBackprop",
+        "Uniform",
+        "loss_based",
+    },
 }
 
 
