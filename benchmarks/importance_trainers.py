@@ -3,7 +3,7 @@
     python benchmarks/importance_trainers.py      one thread, one process, alternating, medians of CPU time
 
 Appends one record to benchmarks/results/importance_trainers.jsonl. "never" is the integration alone; "auto, off" also
-scores plain batches, in the long run one presample in four. Examples are made beforehand and indexed.
+scores plain batches. Examples are made beforehand and indexed.
 """
 
 import json
