@@ -19,7 +19,7 @@ from flopwise.experiments.fashion_mnist import Augmented, Images, load
 from flopwise.experiments.importance import loss_per_example, small_cnn
 from flopwise.experiments.runner import provenance
 from flopwise.importance_sampling import gradient_norm_score, loss_score, relative_variance, upper_bound_score
-from flopwise.importance_sampling.sampler import SCORED_ALL
+from flopwise.importance_sampling.sampler import LEARNED_EACH
 
 RESULTS = Path(__file__).parent / "results" / "importance_sampling.jsonl"
 BATCH, RATIO = 64, 6  # the default batch size
@@ -107,7 +107,7 @@ def main() -> None:
 
     for work in (plain, sampled(never), sampled(off), counted, score, select, plain_forward):
         work()  # warm up, and count FLOPs
-    while off._gate.updates < SCORED_ALL:
+    while off._gate.updates < LEARNED_EACH:
         sampled(off)()
     figures = {
         "scoring over the plain forward": ratio_of(score, plain_forward),

@@ -27,7 +27,7 @@ from flopwise import ImportanceSampler
 from flopwise.experiments.fashion_mnist import load, normalise
 from flopwise.experiments.importance import loss_per_example, small_cnn
 from flopwise.experiments.runner import provenance
-from flopwise.importance_sampling.sampler import SCORED_ALL
+from flopwise.importance_sampling.sampler import LEARNED_EACH
 from flopwise.integrations import accelerate as for_accelerate
 from flopwise.integrations import lightning as for_lightning
 from flopwise.integrations.trainer import ImportanceSamplingMixin
@@ -40,7 +40,7 @@ ROUNDS, STEPS = 9, 48
 def kept_off(sampler: ImportanceSampler) -> ImportanceSampler:
     """As after many presamples on which it did not pay: it measures as ever, and stays off."""
     sampler._gate.decide = lambda *_: None  # type: ignore[method-assign]
-    sampler._gate.updates = SCORED_ALL
+    sampler._gate.updates = LEARNED_EACH
     return sampler
 
 

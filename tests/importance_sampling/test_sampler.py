@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from flopwise import ImportanceSampler, Ledger, endless
 from flopwise.importance_sampling import ConstantVarianceSampler, loss_score, upper_bound_score
-from flopwise.importance_sampling.sampler import SCORED_ALL
+from flopwise.importance_sampling.sampler import LEARNED_EACH, MANY
 
 
 def make_sampler(model: nn.Module | None = None, **options) -> ImportanceSampler:
@@ -170,12 +170,32 @@ class TestGate:
         self.run(sampler, data, 64, 9)
         assert sampler.metrics()["tau2"] == pytest.approx(tau2, rel=1e-4)
 
-    def test_off_for_long_one_presample_in_eight_is_scored(self):
+    def test_off_for_long_every_example_is_scored_and_the_gate_learns_from_eight_presamples_at_once(self):
         sampler = make_sampler(gate="auto")
-        sampler._gate.updates = SCORED_ALL
+        sampler._gate.updates = LEARNED_EACH
         sampler._gate.variances = dict.fromkeys(sampler._gate.variances, 1e9)
-        self.run(sampler, examples(640), 64, 80)
-        assert sampler._gate.updates == SCORED_ALL + 2  # of presamples 0 and 8; the tenth is still open
+        learned = []
+        learn = sampler._gate.learn
+        sampler._gate.learn = lambda evidence: learned.append(evidence[0]) or learn(evidence)
+        x, y = examples(384)
+        presamples = list(zip(x.split(64), y.split(64), strict=True))
+        for _ in range(3):  # passes of 6: short ones do not keep the gate from learning
+            for batch in sampler.batches(presamples):
+                sampler.loss(sampler.forward(batch.data), batch).backward()
+        assert learned == [8 * 64] * 2
+        assert sampler._unlearned == 2
+        assert sampler.metrics()["ess"] <= 64
+
+    def test_large_gradients_are_scored_at_once_and_the_graph_is_let_go(self):
+        sampler = make_sampler(gate="auto")
+        batch = next(sampler.batches([examples(64)]))
+        outputs = torch.zeros(8, MANY // 4, requires_grad=True)
+        sampler.loss_per_example = lambda outputs, data: outputs.sum(1)
+        sampler.loss(outputs, batch).backward()
+        sampler._keep_gradients()
+        assert not sampler._outputs
+        assert not sampler._gradients
+        assert torch.allclose(sampler._scores[0], torch.full((8,), (MANY // 4) ** 0.5))
 
     def test_auto_switches_on_where_it_pays_and_stays_off_where_it_does_not(self):
         x, y = examples(512)

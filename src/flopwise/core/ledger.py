@@ -189,12 +189,14 @@ class Ledger:
         now = time.perf_counter()
         if self._frames:
             frame = self._frames[-1]
-            flops, seconds = self._meter.take(), now - self._since
-            frame.flops += flops
+            seconds = now - self._since
             frame.seconds += seconds
             if frame.name is not None:
-                self._book(frame.name, flops)
                 self.seconds_by_phase[frame.name] = self.seconds_by_phase.get(frame.name, 0.0) + seconds
+                if frame.counting:
+                    flops = self._meter.take()
+                    frame.flops += flops
+                    self._book(frame.name, flops)
         self._since = now
 
     def _book(self, name: str, flops: int) -> None:

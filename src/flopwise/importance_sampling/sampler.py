@@ -1,7 +1,7 @@
 """The sampler: presamples in, weighted batches out."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from statistics import median
@@ -20,7 +20,8 @@ from flopwise.importance_sampling.modes import find_models, scoring, statistics_
 from flopwise.importance_sampling.ranks import Ranks
 from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
 
-SCORED_ALL, SCORED_ONE_IN = 40, 8  # while off: the first presamples, then one in so many (it costs 2 % of a step)
+LEARNED_EACH, POOLED = 40, 8  # while off: the gate learns from each of the first presamples, then from so many at once
+MANY = 2**20  # numbers: gradients at the outputs are kept up to here, then turned into scores
 TIMED_STEPS = 10  # with cost="seconds": timings of each kind before their medians are frozen
 
 
@@ -58,9 +59,8 @@ class ImportanceSampler:
     The loader yields presamples of B examples, say 4 to 8 times `batch_size`. While the gate is on, a presample is cut
     into pieces of r * batch_size; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||,
     and `batch_size` examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n. While it is off
-    every example is trained on in plain batches, and scores come from the outputs of the training step: of the first
-    40 presamples, then of one in 8, which is cheaper and enough. A presample, or its last piece, that is no larger than
-    `batch_size` is trained on whole.
+    every example is trained on in plain batches, and its score comes from the outputs of the training step. A
+    presample, or its last piece, that is no larger than `batch_size` is trained on whole.
 
     Args:
         forward: data -> outputs (logits), dimension 0 the example. It runs without gradient to score, and should be the
@@ -137,8 +137,11 @@ class ImportanceSampler:
         self._generator = torch.Generator().manual_seed((seed + 1_000_003 * self._ranks.rank) % 2**32)
         self._ledger = Ledger()  # costs are measured even when the user keeps no ledger
         self._costs = _Costs(timed=cost == "seconds")
-        self._common_cost: float | None = None  # c over all ranks, as of the last presample
-        self._scores: list[Tensor] = []  # of the presample that is being used
+        self._common_cost: float | None = None  # c over all ranks, as of when the gate last learned
+        self._scores: list[Tensor] = []  # not yet learned from
+        self._outputs: list[tuple[Tensor, float | Tensor]] = []  # of plain steps, and what scales their gradients
+        self._gradients: list[tuple[Tensor, float | Tensor]] = []  # at those outputs, not yet turned into scores
+        self._unlearned = 0  # presamples whose scores wait for the gate
         self._last: dict[str, float] = {"tau2": 1.0, "ess": 0.0}
         self._largest_weight = 1.0
         self._steps = self._steps_drawn = 0
@@ -158,10 +161,15 @@ class ImportanceSampler:
         again: a loader with `state_dict` and `load_state_dict` is set back to it; any other must yield the same
         presamples in the same order as before, and those already used are skipped.
         """
-        for batch in self.draws(loader):  # `step` written out: another context manager would cost 0.4 % of a small step
-            with self._statistics(batch), self._phase("training", _examples(batch)) as self._open_step:
-                yield batch
-                self._book_step()
+        for batch in self.draws(loader):
+            if batch.drawn:
+                with self.step(batch):
+                    yield batch
+            else:  # `step` written out: another context manager would cost 0.4 % of a small step
+                with self._phase("training", _examples(batch)) as self._open_step:
+                    yield batch
+                    self._book_step()
+                self._keep_gradients()
 
     def draws(self, loader: Iterable[Any]) -> Iterator[WeightedBatch]:
         """The same batches for a trainer that fetches some before it trains on them: each is trained on inside
@@ -169,7 +177,7 @@ class ImportanceSampler:
         stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         skip = 0
         if not self._resuming:
-            self._presample, self._position, self._decided, self._scores = 0, 0, False, []
+            self._presample, self._position, self._decided = 0, 0, False
         elif stateful:
             loader.load_state_dict(self._loader_state)  # type: ignore[attr-defined]
         else:
@@ -188,13 +196,12 @@ class ImportanceSampler:
     @contextmanager
     def step(self, batch: WeightedBatch) -> Iterator[None]:
         """Train on `batch` inside: for trainers that fetch with `draws`. `batches` does both."""
-        with self._statistics(batch), self._phase("training", _examples(batch)) as self._open_step:
-            yield
+        statistics = statistics_frozen(self.models) if batch.drawn else nullcontext()  # what is drawn is not uniform
+        with self._phase("training", _examples(batch)) as self._open_step:
+            with statistics:
+                yield
             self._book_step()
-
-    def _statistics(self, batch: WeightedBatch) -> AbstractContextManager[None]:
-        """What batch normalisation does in the step: a drawn batch is not uniform."""
-        return statistics_frozen(self.models) if batch.drawn else nullcontext()
+        self._keep_gradients()
 
     def _positioned(self, loader: Iterable[Any], stateful: bool) -> Iterator[Any]:
         """The loader's presamples, after noting where it stood before each."""
@@ -222,10 +229,10 @@ class ImportanceSampler:
 
         Losses of shape (b, T) are averaged over T. With a mask an example's loss is the sum over its unmasked positions
         over the presample's mean number of them: dividing by the positions that happen to be drawn would be biased.
-        In a plain batch that is the usual mean over the batch's positions, and the scores of its examples are recorded
-        during the backward pass, from the gradient that reaches the outputs.
+        In a plain batch that is the usual mean over the batch's positions, and its examples are scored from the
+        gradient that reaches the outputs in the backward pass.
         """
-        record = not batch.drawn and self._recording and torch.is_grad_enabled() and outputs.requires_grad
+        record = not batch.drawn and self._gate.rule != "never" and torch.is_grad_enabled() and outputs.requires_grad
         if record:
             outputs = outputs.view_as(outputs)  # an alias: its gradient is this loss's alone, without regularisers
         losses, mask = split_losses(self.loss_per_example(outputs, batch.data), len(batch.weights))
@@ -237,10 +244,8 @@ class ImportanceSampler:
             positions = losses[0].numel()
             losses = losses.flatten(1).mean(1)
         if record and self.score is None:
-            scale = len(batch.weights) * positions
-            outputs.grad_fn.register_prehook(  # type: ignore[union-attr]
-                lambda gradients: self._scores.append((scale * score_from_gradient(gradients[0].detach())).cpu())
-            )
+            outputs.retain_grad()
+            self._outputs.append((outputs, len(batch.weights) * positions))
         elif record:
             self._scores.append(self._scores_of(outputs.detach(), batch.data)[0])
         return (batch.weights * losses).mean() if batch.drawn else losses.mean()
@@ -308,12 +313,15 @@ class ImportanceSampler:
         Tensors, numbers and the loader's own state: `torch.load(weights_only=True)` reads it.
         """
         self._book_step()
+        self._keep_gradients()
+        self._score_gradients()
         return {
             "gate": self._gate.state_dict(),
             "generator": self._generator.get_state(),
             "costs": self._costs.state_dict(),
             "common_cost": self._common_cost,
             "scores": torch.cat(self._scores) if self._scores else torch.empty(0),
+            "unlearned": self._unlearned,
             "last": dict(self._last),
             "largest_weight": self._largest_weight,
             "steps": [self._steps, self._steps_drawn],
@@ -329,6 +337,7 @@ class ImportanceSampler:
         self._costs.load_state_dict(state["costs"])
         self._common_cost = state.get("common_cost")  # absent from states of 0.1
         self._scores = [state["scores"]] if len(state["scores"]) else []
+        self._unlearned = state["unlearned"]
         self._last, self._largest_weight = dict(state["last"]), state["largest_weight"]
         self._steps, self._steps_drawn = state["steps"]
         self._flops = dict(state["flops"])
@@ -421,24 +430,34 @@ class ImportanceSampler:
             _, mask = split_losses(self.loss_per_example(outputs, data), len(outputs))
         return scores.detach().float().cpu(), mask
 
-    @property
-    def _recording(self) -> bool:
-        """Whether plain batches of this presample are scored: the estimates change slowly, so seldom is enough."""
-        often = self._gate.updates < SCORED_ALL or self._presample % SCORED_ONE_IN == 0
-        return often and self._gate.rule != "never"
+    def _keep_gradients(self) -> None:
+        """Of the outputs of a plain step only the gradient is kept: the graph behind them can go."""
+        for outputs, scale in self._outputs:
+            if outputs.grad is not None:
+                self._gradients.append((outputs.grad, scale))
+        self._outputs.clear()
+        if sum(gradient.numel() for gradient, _ in self._gradients) > MANY:
+            self._score_gradients()
+
+    def _score_gradients(self) -> None:
+        """Many steps' gradients at once: right after a step of the network this costs ten times as much."""
+        self._scores += [(scale * score_from_gradient(gradient)).cpu() for gradient, scale in self._gradients]
+        self._gradients.clear()
 
     def _learn(self) -> None:
-        """Update the gate with the scores of the presample that was used up."""
-        scores = torch.cat(self._scores) if self._scores else torch.empty(0)
-        self._scores = []
-        scores = scores[scores.isfinite()]  # what a GradScaler overflowed says nothing about the examples
-        if self._ranks.count > 1 and self._gate.rule != "never":
-            evidence = self._agree(self._gate.evidence(scores))
-        else:
+        """Update the gate with the scores of the presample that was used up; while it is off, of several at once."""
+        self._unlearned += 1
+        if self._gate.on or self._gate.updates < LEARNED_EACH or self._unlearned >= POOLED:
+            self._score_gradients()
+            scores = torch.cat(self._scores) if self._scores else torch.empty(0)
+            scores = scores[scores.isfinite()]  # what a GradScaler overflowed says nothing about the examples
             evidence = self._gate.evidence(scores)
-        if evidence[0] > 0:
-            tau2 = self._gate.learn(evidence)
-            self._last = {"tau2": tau2, "ess": evidence[0] / tau2}
+            if self._ranks.count > 1 and self._gate.rule != "never":
+                evidence = self._agree(evidence)
+            if evidence[0] > 0:
+                tau2 = self._gate.learn(evidence)
+                self._last = {"tau2": tau2, "ess": evidence[0] / self._unlearned / tau2}
+            self._scores, self._unlearned = [], 0
         if self.callback is not None:
             self.callback(self.metrics())
 
