@@ -371,8 +371,10 @@ def _measure(
     n, mean = len(norms), sketch.mean(0)
     spread = float((sketch - mean).square().sum() / n)  # of one example
     signal = max(float(mean.square().sum()) - spread / n, 0.0)
+    parts = torch.cat([sketch - mean, mean[None]])
+    products = parts @ parts.T
     by_score, by_norm = (
-        {r: _simulated(sketch, mean, s, r, batch_size, generator) / (spread / batch_size) for r in RATIOS}
+        {r: _simulated(products, s, r, batch_size, generator) / (spread / batch_size) for r in RATIOS}
         for s in (score, exact)
     )
     noise_scale = spread / signal if signal > 0 else float("inf")
@@ -380,20 +382,25 @@ def _measure(
 
 
 def _simulated(
-    sketch: Float[Tensor, "n width"],
-    mean: Float[Tensor, " width"],
+    products: Float[Tensor, "m m"],
     scores: Float[Tensor, " n"],
     ratio: float,
     batch_size: int,
     generator: torch.Generator,
 ) -> float:
-    """tr Cov of a drawn step: a presample out of the examples, then a draw from it, as training does."""
-    size, total = round(ratio * batch_size), 0.0
+    """tr Cov of a drawn step: a presample out of the n examples, then a draw from it, as training does.
+
+    `products` are inner products of the centred gradients and, last, of their mean: what a step is off by is a
+    combination of these.
+    """
+    size, total, n = round(ratio * batch_size), 0.0, len(scores)
     for _ in range(DRAWS):
-        presample = torch.randint(len(sketch), (size,), generator=generator)
+        presample = torch.randint(n, (size,), generator=generator)
         drawn, weights = draw_without_replacement(
             probabilities(scores[presample], SMOOTHING), min(batch_size, size), generator
         )
-        step = weights @ sketch[presample[drawn]] / len(drawn)
-        total += float((step - mean).square().sum())
+        shares = weights.double() / len(drawn)
+        index = torch.cat([presample[drawn], torch.tensor([n])])
+        off = torch.cat([shares, shares.sum()[None] - 1])
+        total += float(off @ products[index][:, index] @ off)
     return total / DRAWS
