@@ -9,6 +9,7 @@ from flopwise.report import (
     clustered_sections,
     importance,
     importance_sections,
+    lake,
     linear,
     tuned,
     tuned_sections,
@@ -19,6 +20,7 @@ from flopwise.report.records import Record
 PROBLEM = {
     "importance": importance.problem,
     "attention": attention.problem,
+    "lake": lake.problem,
     "linear": linear.problem,
     "clustered": clustered.problem,
     "tune": tuned.problem,
@@ -26,6 +28,7 @@ PROBLEM = {
 SECTIONS = {
     "importance": importance_sections.sections,
     "attention": attention.sections,
+    "lake": lake.sections,
     "linear": linear.sections,
     "clustered": clustered_sections.sections,
     "tune": tuned_sections.sections,
