@@ -230,7 +230,9 @@ def make_model(run: Run) -> GlimpseClassifier | WholeImage:
         smoothing=0.02,
         seed=run.seed,
     )
-    return GlimpseClassifier(config) if run.method == OURS else WholeImage(config, run.reduction)
+    if run.method == OURS:
+        return GlimpseClassifier(config)
+    return WholeImage(config, run.reduction, divisor=100.0 * max(1.0, 4 / run.reduction) ** 2)  # sums as at 1/4
 
 
 def crops(run: Run, **options: Any) -> LakeCrops:
