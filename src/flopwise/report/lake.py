@@ -72,12 +72,15 @@ def verdict(records: Sequence[Record]) -> str:
         return ""
     ours, best = _errors(runs[OURS]), min(whole, key=lambda method: mean(whole[method].values()))
     gaps = [whole[best][seed] - error for seed, error in ours.items() if seed in whole[best]]
-    figures = f"{percent(mean(ours.values()))} against {percent(mean(whole[best].values()))} of {_name(best)}"
+    figures = (
+        f"{percent(mean(ours.values()))} of the test crops missed, "
+        f"against {percent(mean(whole[best].values()))} by {_name(best)}, the best of the others on average"
+    )
     if gaps and all(gap > 0 for gap in gaps):
         return f"Attention sampling won with every seed: {figures}."
     if gaps and all(gap < 0 for gap in gaps):
         return f"Attention sampling lost with every seed: {figures}."
-    return f"Neither won with every seed: attention sampling missed {figures} (the best on average)."
+    return f"Attention sampling neither won nor lost with every seed: {figures}."
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
