@@ -24,10 +24,10 @@ def planet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Earth]:
     made = Earth(pixels, water, torch.ones(HEIGHT, WIDTH))
     monkeypatch.setattr(lake, "earth", lambda: made)
     monkeypatch.setattr(lake, "TEST_CROPS", 8)
-    for cached in (lake.level, lake.mirrored):
+    for cached in (lake.level, lake.mirrored, lake.earths_places):
         cached.cache_clear()
     yield made
-    for cached in (lake.level, lake.mirrored):
+    for cached in (lake.level, lake.mirrored, lake.earths_places):
         cached.cache_clear()
 
 

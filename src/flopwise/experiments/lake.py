@@ -159,7 +159,7 @@ class LakeCrops:
 
     def __init__(self, *, size: int, reduction: int, band: int, split: str = "train", seed: int = 0) -> None:
         self.size, self.reduction, self.split, self.seed, self.batch = size, reduction, split, seed, 0
-        self.places = places(earth().lake, earth().land, band, split)
+        self.places = earths_places(band, split)
         for mirror in MIRRORS:  # made once, before anything is timed
             mirrored(mirror), mirrored(mirror, reduction)
 
@@ -197,6 +197,11 @@ def places(lake: Float[Tensor, "h w"], land: Float[Tensor, "h w"], band: int, sp
     allowed = _columns(x, band, split) & (ground >= LAND * CROP**2)
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
     return [grid[allowed & (narrow == 0)], grid[allowed & (wide > 0)]]
+
+
+@lru_cache(2 * len(BANDS))
+def earths_places(band: int, split: str) -> list[Int[Tensor, "n 2"]]:
+    return places(earth().lake, earth().land, band, split)
 
 
 def _squares(there: Bool[Tensor, "h w"], side: int) -> Float[Tensor, "_ _"]:
