@@ -114,7 +114,7 @@ def _predict(image: str, model: str) -> dict[str, Any]:
 def _train(folder: str, reduction: str) -> dict[str, Any]:
     model = _model(int(reduction), PATCHES // BATCH)
     images = [open_image(path) for path in sorted(Path(folder).iterdir())]
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer, loss = torch.optim.Adam(model.parameters()), torch.zeros(())
     for step in range(STEPS):
         batch = [images[(step * BATCH + i) % len(images)] for i in range(BATCH)]
         logits, glimpse = model(model.low_views(batch), batch, seed=step)

@@ -27,7 +27,8 @@ def brightness(low: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
 
 def local_contrast(low: Float[Tensor, "b c h w"], window: int = 5) -> Float[Tensor, "b 1 h w"]:
     """The standard deviation of the pixels around, averaged over the channels: where something is."""
-    return sum(_deviation(channel, window) for channel in low.split(1, 1)) / low.shape[1]  # one at a time: less memory
+    channels = [_deviation(channel, window) for channel in low.split(1, 1)]  # one at a time: less memory
+    return torch.cat(channels, 1).mean(1, keepdim=True)
 
 
 def _deviation(channel: Float[Tensor, "b 1 h w"], window: int) -> Float[Tensor, "b 1 h w"]:

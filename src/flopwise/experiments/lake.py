@@ -161,7 +161,8 @@ class LakeCrops:
         self.size, self.reduction, self.split, self.seed, self.batch = size, reduction, split, seed, 0
         self.places = earths_places(band, split)
         for mirror in MIRRORS:  # made once, before anything is timed
-            mirrored(mirror), mirrored(mirror, reduction)
+            mirrored(mirror)
+            mirrored(mirror, reduction)
 
     def __iter__(
         self,
