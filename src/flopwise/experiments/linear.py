@@ -258,7 +258,8 @@ def write_play(
 def speed(batch: int, lengths: tuple[int, ...] = (digits.PIXELS,), rounds: int = 5) -> dict[str, Any]:
     """The shipped digit model's speed against a softmax model of the same size, with and without a cache."""
     size: dict[str, Any] = {**SIZES["digits"], "max_length": max(lengths) + 1}
-    linear, softmax = LinearCausalLM(**size, recipe=shipped("digits").recipe), SoftmaxCausalLM(**size)
+    linear = LinearCausalLM(**size, recipe="modern" if SHIPPED["digits"].method == "modern" else "thesis")
+    softmax = SoftmaxCausalLM(**size)
     result = measure(linear, softmax, batch=batch, lengths=lengths, rounds=rounds, burst=2)
     for row in result["lengths"]:
         row["images_per_second"] = {name: rate / row["length"] for name, rate in row["tokens_per_second"].items()}

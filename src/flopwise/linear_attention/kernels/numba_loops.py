@@ -38,8 +38,8 @@ exactly = njit(nogil=True, cache=True, error_model="numpy")
 @compiled
 @no_type_check
 def new_queue(E, M):
-    """Room for `fetch`: the next entry, the first free one; then entries, the address and distance of 16 lines."""
-    queue = np.zeros(2 + 2 * 4 * (E + M) // 16, np.int64)
+    """Room for `fetch`: the next entry, the first free one; then entries, an address and a distance in bytes."""
+    queue = np.zeros(2 + 2 * 16 * (-(-E // 64) + -(-M // 64)), np.int64)
     queue[:2] = 1
     return queue
 
@@ -49,14 +49,27 @@ def new_queue(E, M):
 def fetch(queue, x, at, width):
     """Queue a chunk's rows x[at + i stride : ... + width], to be brought nearer while products are computed.
 
-    In a burst they would block what else is read, so every tile of a product fetches only 16 lines.
+    In a burst they would block what else is read, so every tile of a product fetches 16 lines, in the order of memory,
+    in which the processor fetches some of them by itself.
     """
-    for e in range(0, width, 16):
-        free = queue[1]
-        if queue[0] == free or 2 * free == len(queue):  # nothing is left, or no room: what is left is given up
-            queue[0] = free = 1
-        queue[2 * free], queue[2 * free + 1] = address(x[0], at + e), 4 * x[3]
-        queue[1] = free + 1
+    stride = x[3]
+    if stride == width:
+        for e in range(0, CHUNK * width, 256):
+            enqueue(queue, address(x[0], at + e), 256)
+    else:
+        for e in range(0, width, 64):
+            for i in range(0, CHUNK, 4):
+                enqueue(queue, address(x[0], at + i * stride + e), 4 * stride)
+
+
+@compiled
+@no_type_check
+def enqueue(queue, place, distance):
+    free = queue[1]
+    if queue[0] == free or 2 * free == len(queue):  # nothing is left, or no room: what is left is given up
+        queue[0] = free = 1
+    queue[2 * free], queue[2 * free + 1] = place, distance
+    queue[1] = free + 1
 
 
 @compiled
