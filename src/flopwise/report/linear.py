@@ -79,9 +79,9 @@ def _verdict(speeds: Sequence[Record]) -> Section:
     )
     text = (
         f"A transformer with linear attention is a recurrent network: each token costs the same, however many came "
-        f"before. Against the honest baseline, the same model with softmax and a preallocated key-value cache, it "
-        f"generates up to {cache} times as fast; against softmax that computes everything anew for each token, as in "
-        f"the paper, {anew} times."
+        f"before. Against the honest baseline, a softmax model of the same size with a preallocated key-value cache, "
+        f"it generates up to {cache} times as fast; against softmax that computes everything anew for each token, as "
+        f"in the paper, {anew} times."
     )
     return Section(title, paragraph(text, "lead") + cards(figures))
 
@@ -95,7 +95,10 @@ def _painted(record: Record) -> Section:
     each = len(pictures) // max(1, len(set(digits)))
     columns = [pictures[i : i + each] for i in range(0, len(pictures), each)]
     rows = [list(row) for row in zip(*columns, strict=True)]
-    text = "New digits, painted pixel by pixel from nothing but the name of the digit, which is the column."
+    text = (
+        "New digits, painted pixel by pixel from nothing but the name of the digit, which is the column. It is read "
+        "once, up to 784 pixels before: not every picture obeys it."
+    )
     return Section("Painted", paragraph(text) + mosaic("New digits", "painted digits, 0 to 9 from left to right", rows))
 
 
