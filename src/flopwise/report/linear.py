@@ -8,7 +8,16 @@ from flopwise.report.pictures import mosaic
 from flopwise.report.records import Record, where_measured, without_number
 from flopwise.report.words import number
 
-NEEDS = {"speed": ("batch",), "painted": (), "completed": (), "play": (), "run": ("bits_per_dim", "parameters")}
+NEEDS = {
+    "speed": ("batch",),
+    "painted": (),
+    "completed": (),
+    "play": (),
+    "run": ("bits_per_dim", "parameters"),
+    "tune": (),
+    "agreement": ("largest_difference", "largest_logit"),
+    "length": ("exponents.linear", "exponents.softmax"),
+}
 SPEED_COLUMNS = ["", "tokens", "tokens/s", "images/s", "over the cache", "over no cache"]
 LISTS = {
     "speed": ("lengths",),
@@ -16,6 +25,9 @@ LISTS = {
     "completed": ("originals", "completions"),
     "play": (),
     "run": (),
+    "tune": (),
+    "agreement": (),
+    "length": ("lengths",),
 }
 NAMES = {
     "linear": ("linear, constant state", 1),
@@ -58,6 +70,36 @@ def sections(records: Sequence[Record]) -> list[Section]:
     if runs:
         found.append(_likelihood(runs))
     return [*found, _when_not(), _measured(records)]
+
+
+def length_sections(records: Sequence[Record]) -> list[Section]:
+    """Time against length, of the newest record; nothing without one."""
+    found = [record for record in records if record["kind"] == "length"]
+    if not found:
+        return []
+    rows = found[-1]["lengths"]
+    series = [
+        Series(name, [(row["length"], row[key]) for row in rows], colour=colour)
+        for key, name, colour in (("softmax", "softmax (SDPA)", 0), ("linear", "linear attention", 1))
+    ]
+    chart = line_chart(
+        "A causal forward and backward pass",
+        series,
+        x=Axis("positions", log=True),
+        y=Axis("processor time", "ms", log=True),
+    )
+    lines = [
+        [
+            f"{row['length']} positions",
+            number(row["linear"]),
+            number(row["softmax"]),
+            f"{number(row['softmax'] / row['linear'])} ×",
+        ]
+        for row in rows
+    ]
+    columns = ["length", "linear, ms", "softmax, ms", "times as fast"]
+    body = side_by_side([chart]) + table("8 heads of width 64, one thread, medians", columns, lines)
+    return [Section("Cost against length", body)]
 
 
 def _verdict(speeds: Sequence[Record]) -> Section:
