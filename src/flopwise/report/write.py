@@ -5,11 +5,8 @@ from pathlib import Path
 
 from flopwise.report import (
     attention,
-<<<<<<< HEAD
     audit,
-=======
     claims,
->>>>>>> release
     clustered,
     clustered_sections,
     importance,
