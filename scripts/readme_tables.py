@@ -9,10 +9,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from flopwise.report import lake, read_records
+from flopwise.report.attention import NAMES, by_method
 from flopwise.report.importance import markdown_table
+from flopwise.report.words import mean_std
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -182,6 +185,26 @@ def large_images() -> str:
     return "\n".join(rows)
 
 
+
+def attention_digits() -> str:
+    """Test errors in per cent, all methods with the same seconds of one core; means over seeds."""
+    columns = {"drawn as in training": "", "5 largest (`topk`)": "topk_5", "10": "topk_10", "20": "topk_20"}
+    rows = [f"| test error, % | {' | '.join(columns)} | seeds | images seen |", "|---" * (len(columns) + 3) + "|"]
+    for method, runs in by_method(read_records(RESULTS / "attention.jsonl")).items():
+        cells = [
+            _percent([{"": run["test_error"], **run["test_errors"]}.get(key) for run in runs])
+            for key in columns.values()
+        ]
+        seen = mean(run["examples"] for run in runs)
+        rows.append(f"| {NAMES[method]} | {' | '.join(cells)} | {len(runs)} | {seen:.0f} |")
+    return "\n".join(rows)
+
+
+def _percent(shares: Sequence[float | None]) -> str:
+    found = [100 * share for share in shares if share is not None]
+    return mean_std(mean(found), stdev(found) if len(found) > 1 else None) if found else "–"
+
+
 def _times(speed: float) -> str:
     return f"{speed:.2g}" if speed < 10 else f"{speed:.1f}"
 
@@ -201,6 +224,8 @@ TABLES = {
     "attention-estimators": attention_estimators,
     "attention-lakes": lakes,
     "attention-large-images": large_images,
+
+    "attention-digits": attention_digits,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
     "clustered-speed": clustered_speed,
