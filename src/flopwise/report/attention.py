@@ -75,7 +75,7 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
 def sections(records: Sequence[Record]) -> list[Section]:
     """Verdict, table and curves, cost, glimpses, limits, method; what has no data is left out."""
     runs = by_method(records)
-    found = [_verdict(runs)]
+    found = [_verdict(runs, tuned={r["method"] for r in records if r["kind"] == "tune"})]
     if runs:
         found.append(_comparison(records, runs))
     if costs := [r for r in records if r["kind"] == "cost"]:
@@ -90,7 +90,7 @@ def _error(runs: Sequence[Record]) -> tuple[float, float | None]:
     return mean(errors), stdev(errors) if len(errors) > 1 else None
 
 
-def _verdict(runs: dict[str, list[Record]]) -> Section:
+def _verdict(runs: dict[str, list[Record]], tuned: set[str]) -> Section:
     whole = [method for method in runs if method.startswith("cnn")]
     if OURS not in runs or not whole:
         return Section(
@@ -99,16 +99,17 @@ def _verdict(runs: dict[str, list[Record]]) -> Section:
     best = min(whole, key=lambda method: _error(runs[method])[0])
     ours, theirs = _error(runs[OURS])[0], _error(runs[best])[0]
     seconds = number(runs[OURS][0]["budget"]["seconds"])
+    rate = "at its own rate" if best in tuned else "at one rate, not tuned"
     title = (
         "Reading a few patches beats reading every pixel" if ours < theirs else "Reading every pixel was better here"
     )
     text = (
         f"With {seconds} seconds of processor time each, attention sampling misses {percent(ours)} of the test images "
-        f"and the best network over all pixels, {NAMES[best]}, {percent(theirs)}. Chance misses 90 %."
+        f"and the best network that sees all of an image, {NAMES[best]}, {percent(theirs)}. Chance misses 90 %."
     )
     figures = [
         ("attention sampling, test error", percent(ours), f"{plural(len(runs[OURS]), 'seed')}"),
-        (f"{NAMES[best]}, test error", percent(theirs), "the best network over all pixels, at its own rate"),
+        (f"{NAMES[best]}, test error", percent(theirs), f"the best network over the whole image, {rate}"),
         (
             "images trained on in that time",
             f"{number(runs[OURS][0]['examples'] / max(1, runs[best][0]['examples']))} ×",
