@@ -140,6 +140,20 @@ def linear_decoding(int8: bool = True) -> str:
     return "\n".join(rows)
 
 
+def linear_bits() -> str:
+    """What digit models of one size learned from the same FLOPs, each at its own best rate, and the one shipped."""
+    records = map(json.loads, (RESULTS / "linear_training.jsonl").read_text().splitlines())
+    runs = [r for r in records if r["task"] == "digits" and r["kind"] != "tune"]
+    shipped = [r for r in runs if r["kind"] == "shipped"][-1]
+    names = {"softmax": "softmax", "linear": "linear, the thesis' recipe", "modern": "linear, the modern recipe"}
+    rows = ["| digits, 0.5 M weights | bits a pixel | digits seen | best rate | FLOPs |", "|---|---|---|---|---|"]
+    for r in sorted(runs, key=lambda r: -r["bits_per_dim"]):
+        name = names[r["method"]] + (", shipped" if r is shipped else "")
+        flops = f"{r['budget']['flops']:.3g}"
+        rows.append(f"| {name} | {r['bits_per_dim']:.3f} | {r['examples']} | {r['rate']:g} | {flops} |")
+    return "\n".join(rows)
+
+
 def attention_step() -> str:
     """CPU time and added memory of a training step for one image."""
     record = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])
@@ -220,6 +234,7 @@ TABLES = {
     "linear-speed": linear_speed,
     "linear-decoding": partial(linear_decoding, int8=False),
     "linear-decoding-all": linear_decoding,
+    "linear-bits": linear_bits,
     "attention-step": attention_step,
     "attention-estimators": attention_estimators,
     "attention-lakes": lakes,
