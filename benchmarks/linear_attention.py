@@ -3,7 +3,7 @@
     python benchmarks/linear_attention.py [speed memory warmup step]
 
 One thread, one process, everything taking turns, medians of CPU time; 8 heads of width 64, float32, feature map and
-normaliser included. Every row carries the error against float64 of the calls that were timed, and at what share of the
+normaliser included. Every row carries the error against float64 of the calls that are timed, and at what share of the
 speed of a large matrix product in the same run it did its FLOPs. Appends to benchmarks/results/linear_attention.jsonl.
 """
 
@@ -11,72 +11,38 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from parts import run_parts
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode
 
+from flopwise.core.timing import take_turns
+from flopwise.experiments.operators import (
+    HEADS,
+    WIDTH,
+    Attention,
+    flops,
+    forward,
+    forward_and_backward,
+    noise,
+    relative_error,
+)
 from flopwise.linear_attention import init_state, linear_attention, step
 
 RESULTS = Path(__file__).parent / "results" / "linear_attention.jsonl"
-HEADS, WIDTH = 8, 64
 ROUNDS = {512: 41, 1024: 21, 4096: 9, 8192: 5, 16384: 3}
 FORWARD, BOTH = "forward", "forward and backward"
 GOALS = {(BOTH, 512): 3.5, (BOTH, 4096): 17, (BOTH, 16384): 55, (FORWARD, 8192): 40}  # causal, numba: times SDPA
 MEMORY_GOAL = 2000  # MB at 65536 positions
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def inputs(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Query, key, value and the gradient of the output."""
-    generator = torch.Generator().manual_seed(length)
-    tensors = [torch.randn(1, HEADS, length, WIDTH, generator=generator).to(dtype) for _ in range(4)]
-    return [*(x.requires_grad_() for x in tensors[:3]), tensors[3]]
-
-
-def forward(attention: Attention, query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (attention(query, key, value),)
-
-
-def forward_and_backward(
-    attention: Attention, query: Tensor, key: Tensor, value: Tensor, grad: Tensor
-) -> tuple[Tensor, ...]:
-    out = attention(query, key, value)
-    return out.detach(), *torch.autograd.grad(out, (query, key, value), grad)
-
-
-def take_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median CPU milliseconds of each after one call that warms up, and what the last call of each returned."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    results = {}
-    for round_ in range(rounds + 1):
-        for name, function in functions.items():
-            results[name] = None  # freed before the clock starts
-            start = time.process_time()
-            results[name] = function()
-            if round_:
-                times[name].append(1000 * (time.process_time() - start))
-    return {name: median(each) for name, each in times.items()}, results
-
 
 def relative_errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-    return [float((x - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
-
-
-def flops(function: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+    return [relative_error(x, y) for x, y in zip(found, exact, strict=True)]
 
 
 def speed() -> Iterator[dict[str, Any]]:
@@ -91,11 +57,12 @@ def speed() -> Iterator[dict[str, Any]]:
         ways["sdpa"] = partial(scaled_dot_product_attention, is_causal=causal)
         for length in lengths:
             for direction, run in ((FORWARD, forward), (BOTH, forward_and_backward)):
-                given = inputs(length)
+                given = noise(length)
                 timed = {name: partial(run, attention, *given) for name, attention in ways.items()}
                 limit = partial(torch.mm, square, square, out=product)
-                found, results = take_turns({**timed, "matmul": limit}, ROUNDS[length])
-                exact = run(partial(linear_attention, causal=causal, backend="torch"), *inputs(length, torch.float64))
+                taken = take_turns({**timed, "matmul": limit}, ROUNDS[length])
+                found = {name: 1e3 * seconds for name, seconds in taken.items()}
+                exact = run(partial(linear_attention, causal=causal, backend="torch"), *noise(length, torch.float64))
                 fastest = 2 * 1024**3 / found["matmul"]
                 for backend in ("numba", "torch"):
                     yield {
@@ -108,7 +75,7 @@ def speed() -> Iterator[dict[str, Any]]:
                         "sdpa_milliseconds": found["sdpa"],
                         "speedup": found["sdpa"] / found[backend],
                         "goal": GOALS.get((direction, length)) if causal and backend == "numba" else None,
-                        "errors": relative_errors(results[backend], exact),
+                        "errors": relative_errors(timed[backend](), exact),
                         "gigaflops_per_second": flops(timed[backend]) / found[backend] / 1e6,
                         "matmul_gigaflops_per_second": fastest / 1e6,
                         "share_of_matmul": flops(timed[backend]) / found[backend] / fastest,
@@ -201,8 +168,7 @@ def one_step() -> Iterator[dict[str, Any]]:
                 for _ in range(100):
                     state, _ = step(state, *tensors)
 
-        found, _ = take_turns({"step": hundred}, 21)
-        yield {"kind": "step", "batch": batch, "microseconds": 10 * found["step"]}
+        yield {"kind": "step", "batch": batch, "microseconds": 1e4 * take_turns({"step": hundred}, 21)["step"]}
 
 
 PARTS = {"speed": speed, "memory": memory, "warmup": warmup, "step": one_step}

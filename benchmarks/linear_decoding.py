@@ -17,10 +17,11 @@ from typing import Any, get_args
 
 import torch
 
+from flopwise.core.timing import Work
 from flopwise.experiments import digits
 from flopwise.experiments.linear import bits_decoded, shipped
 from flopwise.experiments.linear_baseline import SoftmaxCausalLM
-from flopwise.experiments.linear_speed import Work, measure
+from flopwise.experiments.linear_speed import measure
 from flopwise.experiments.runner import provenance
 from flopwise.models import LinearCausalLM
 from flopwise.models.decoding import Matrix, Packed, Weights, pack

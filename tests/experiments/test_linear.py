@@ -156,13 +156,13 @@ def test_the_shipped_digit_model_is_what_its_file_says():
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(path, "pt") as file:
         about = file.metadata()["about"]
-    assert about.startswith("python -m flopwise.experiments.linear digits: linear") and "0.620 bits" in about
+    assert about.startswith("python -m flopwise.experiments.linear digits: modern") and "0.495 bits" in about
     assert path.stat().st_size < 1.2e6
     model = linear.shipped("digits")
-    assert linear.bits_per_dim(model, "digits", digits.load()[1]) == pytest.approx(0.557, abs=0.005)  # 20 of the 1,000
+    assert linear.bits_per_dim(model, "digits", digits.load()[1]) == pytest.approx(0.447, abs=0.005)  # 20 of the 1,000
     swapped = digits.load()[1].clone()
     swapped[:, 0] = digits.LEVELS + (swapped[:, 0] - digits.LEVELS + 1) % 10  # it listens to the class
-    assert linear.bits_per_dim(model, "digits", swapped) > linear.bits_per_dim(model, "digits", digits.load()[1]) + 0.02
+    assert linear.bits_per_dim(model, "digits", swapped) > linear.bits_per_dim(model, "digits", digits.load()[1]) + 0.01
 
 
 def test_the_shipped_play_model_writes_ascii(generator: torch.Generator):

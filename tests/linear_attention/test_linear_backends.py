@@ -141,3 +141,28 @@ def test_numba_follows_torchs_number_of_threads(monkeypatch, inputs):
     finally:
         torch.set_num_threads(1)
     assert used == [2]
+
+
+@numba_installed
+@pytest.mark.parametrize(("width", "stride"), [(64, 64), (64, 512), (32, 32), (24, 100), (128, 200), (40, 40)])
+def test_every_cache_line_of_the_next_chunk_is_queued_and_nothing_is_written_beyond_the_queue(width, stride):
+    import numpy as np
+
+    from flopwise.linear_attention.kernels import numba_loops
+
+    x, room = np.zeros(16, np.float32), len(numba_loops.new_queue(width, width))
+    memory = np.full(room + 2, -1, np.int64)
+    queue, guard = memory[:room], memory[room:]
+    queue[:2] = 1
+    for count in range(1, 30):  # the tensors of a chunk, and more than there is room for
+        numba_loops.fetch(queue, (x, 0, 0, stride), 0, width)
+        assert (guard == -1).all() and 1 < queue[1] <= room // 2
+        if count == 1:
+            entries = queue[2 : 2 * queue[1]].reshape(-1, 2)
+            queued = {p + d * i + 64 * n for p, d in entries.tolist() for i in range(4) for n in range(4)}
+            first = x.ctypes.data
+            needed = {first + 4 * (i * stride + e) for i in range(16) for e in range(0, width, 16)}
+            assert all(any(place < line + 64 and place + 64 > line for line in queued) for place in needed)
+    before = queue[1] - queue[0]
+    numba_loops.fetch_next(queue)
+    assert queue[1] - queue[0] == before - 1

@@ -52,7 +52,7 @@ def check(text: str) -> Balance:
     balance.close()
     assert balance.open == [] and balance.seen.count("h1") == 1
     assert balance.seen.count("caption") == balance.seen.count("table")
-    assert all(source.startswith("data:image/png;base64,") for source in balance.sources)
+    assert all(re.match("data:image/(png|jpeg);base64,", source) for source in balance.sources)
     assert "http" not in text and "url(" not in text and "@import" not in text
     words = re.sub(r'src="data:[^"]*"', "", text)
     assert not re.search(r"\b(nan|None|inf)\b", words)

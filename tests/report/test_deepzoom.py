@@ -3,12 +3,11 @@
 import base64
 import io
 import json
-import shutil
-import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 from PIL import Image
@@ -117,7 +116,6 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch):
 
 # --- in a browser ---
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """<!doctype html><style>.zoom canvas { width: 300px; height: 200px; touch-action: none }</style>
 VIEWER<pre id="found"></pre>
 <script>requestAnimationFrame = (draw) => setTimeout(draw, 0); // headless, frames come when they like</script>
@@ -151,7 +149,7 @@ const wheel = () => canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -300,
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+@pytest.mark.skipif(browser.BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 def test_in_a_browser(tmp_path: Path):
     box = (2_000.0, 2_600.0, 100.0, 120.0)
     image = Waves(3_000, 4_000)
@@ -159,21 +157,8 @@ def test_in_a_browser(tmp_path: Path):
     markup = markup.replace("</div>", '<button data-box="0">the patch</button></div>')
     script = resources.files("flopwise.report").joinpath("deepzoom.js").read_text(encoding="utf-8")
     (tmp_path / "probe.html").write_text(PROBE.replace("VIEWER", markup).replace("SCRIPT", script), encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-        f"--user-data-dir={tmp_path / 'user'}",
-    ]
-    command += [
-        "--virtual-time-budget=6000",
-        "--enable-logging=stderr",
-        "--dump-dom",
-        (tmp_path / "probe.html").as_uri(),
-    ]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    done = browser.run((tmp_path / "probe.html").as_uri(), tmp_path, "--dump-dom")
+    assert browser.logged(done) == []
     lines = done.stdout.split('<pre id="found">')[1].split("</pre>")[0].splitlines()
     seen = {name: (list(map(float, view)), centre, corner) for name, *view, centre, corner in map(str.split, lines)}
 

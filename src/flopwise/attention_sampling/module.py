@@ -23,6 +23,7 @@ from flopwise.attention_sampling.patches import (
 from flopwise.attention_sampling.priors import Prior, entropy, log_prior, saliency_of
 from flopwise.attention_sampling.sampling import check_draw, draw, topk, uniforms
 
+PIXELS_AT_ONCE = 2**18  # through the feature network, where nothing is kept for a backward pass: 4 patches of 256
 READ_AHEAD = 4  # pieces a batch of lazy images is read in, each while the network works on the one before
 
 
@@ -214,7 +215,11 @@ class AttentionSampling(nn.Module):
             return as_float(pixels.read(images, at[images], self.patch_size))
 
         def network(patches: Tensor) -> Tensor:
-            return self.feature(patches.flatten(0, 1))
+            patches = patches.flatten(0, 1)
+            if whole or torch.is_grad_enabled():
+                return self.feature(patches)
+            at_once = max(1, PIXELS_AT_ONCE // math.prod(self.patch_size))
+            return torch.cat([self.feature(part) for part in patches.split(at_once)])
 
         images = torch.arange(len(at), device=at.device)
         whole = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.feature.modules())

@@ -106,7 +106,7 @@ def as_float(pixels: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Integer pixels as floats in [0, 1], by the largest value of their dtype; floats as they are."""
     if pixels.is_floating_point():
         return pixels
-    return pixels.float() / torch.iinfo(pixels.dtype).max
+    return pixels.float().div_(torch.iinfo(pixels.dtype).max)
 
 
 def _layers(network: nn.Module) -> Iterator[nn.Module | ReceptiveField]:

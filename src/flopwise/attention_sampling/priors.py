@@ -27,9 +27,14 @@ def brightness(low: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
 
 def local_contrast(low: Float[Tensor, "b c h w"], window: int = 5) -> Float[Tensor, "b 1 h w"]:
     """The standard deviation of the pixels around, averaged over the channels: where something is."""
-    low = F.pad(low, (window // 2,) * 4, mode="replicate")
-    mean, mean_square = (F.avg_pool2d(x, window, stride=1) for x in (low, low.square()))
-    return (mean_square - mean.square()).clamp(min=0).sqrt().mean(1, keepdim=True)
+    channels = [_deviation(channel, window) for channel in low.split(1, 1)]  # one at a time: less memory
+    return torch.cat(channels, 1).mean(1, keepdim=True)
+
+
+def _deviation(channel: Float[Tensor, "b 1 h w"], window: int) -> Float[Tensor, "b 1 h w"]:
+    channel = F.pad(channel, (window // 2,) * 4, mode="replicate")
+    mean, mean_square = (F.avg_pool2d(x, window, stride=1) for x in (channel, channel.square()))
+    return (mean_square - mean.square()).clamp(min=0).sqrt()
 
 
 SALIENCY: dict[str, Saliency] = {"brightness": brightness, "local_contrast": local_contrast}

@@ -114,10 +114,14 @@ class WholeImage(nn.Module):
     """The feature network of the glimpse classifier over all of an image, and a linear layer on the sum.
 
     With the image at full resolution, these are the features that attention sampling chooses from, all of them.
+
+    Args:
+        divisor: of the sum over all positions.
     """
 
-    def __init__(self, config: GlimpseConfig, reduction: int) -> None:
+    def __init__(self, config: GlimpseConfig, reduction: int, divisor: float = 100.0) -> None:
         super().__init__()
+        self.divisor = divisor
         patch = config.patch_size // reduction
         layers = feature_network(config.channels, config.feature_width, config.features, patch, config.scale)
         self.features = layers[:-2]  # without flattening and normalising, which are for patches
@@ -127,7 +131,7 @@ class WholeImage(nn.Module):
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         features = self.features(image.to(memory_format=torch.channels_last)).relu()
-        return self.head(features.sum((2, 3)) / 100)
+        return self.head(features.sum((2, 3)) / self.divisor)
 
 
 class CpuLedger(Ledger):

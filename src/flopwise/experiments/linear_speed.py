@@ -4,21 +4,19 @@ Alternating in one process, medians of CPU time. What a softmax step costs is sm
 a generation is the mean over Gauss' points.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
 import torch
 
+from flopwise.core.timing import Work, cpu_seconds, take_turns
 from flopwise.experiments.linear_baseline import CacheDecoder, SoftmaxCausalLM
 from flopwise.models import Decoder, LinearCausalLM
 
 # Gauss-Legendre on [0, 1] with 4 points: exact for costs that are polynomials of degree 7 in the position
 GAUSS = ((0.069432, 0.173927), (0.330009, 0.326073), (0.669991, 0.326073), (0.930568, 0.173927))
 SLICE = 8  # sequences without a cache that go through the model together, so that they stay in the processor's cache
-
-Work = Callable[[], object]
 
 
 @torch.inference_mode()
@@ -62,7 +60,7 @@ def measure(
         works |= {f"{name} {position}": _step(decoder, ids) for name, decoder in decoders.items()}
         works[f"cache {position}"] = cached(position)
     beside = beside or {}
-    times = alternating({**works, **beside}, rounds, burst)
+    times = take_turns({**works, **beside}, rounds, burst=burst, lead=1)
 
     at = {name: {p: times[f"{name} {p}"] for p in places} for name in (*decoders, "cache")}
     step = {name: median(at[name].values()) for name in decoders}
@@ -91,23 +89,6 @@ def measure(
     return result
 
 
-def seconds(work: Work, repeats: int = 1) -> float:
-    start = time.process_time()
-    for _ in range(repeats):
-        work()
-    return (time.process_time() - start) / repeats
-
-
-def alternating(works: Mapping[str, Work], rounds: int, burst: int) -> dict[str, float]:
-    """Median seconds of each, one after the other, round after round; each is warmed up before it is timed."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            work()
-            times[name].append(seconds(work, burst))
-    return {name: median(values) for name, values in times.items()}
-
-
 def positions(length: int) -> list[int]:
     """Gauss' points in a generation of `length` tokens."""
     return [round(place * length) for place, _ in GAUSS]
@@ -129,4 +110,4 @@ def _without_cache(model: SoftmaxCausalLM, batch: int, position: int, repeats: i
     def work() -> None:
         model.head(model.hidden(ids)[:, -1])
 
-    return median(seconds(work) for _ in range(repeats)) * batch / len(ids)
+    return median(cpu_seconds(work) for _ in range(repeats)) * batch / len(ids)

@@ -19,6 +19,7 @@ NEEDS = {
     "length": ("seconds.exact", "seconds.clustered", "seconds.without"),
     "picture": (),
 }
+FRONTIER = "frontier"  # operators alone, with others of their kind: not a task
 GOAL_TEXT = {"texts": 48, "mean": 0.992, "min": 0.98, "neighbours": 0.86, "accuracy": 0.01}  # 64 clusters, top-64
 GOAL_SPEECH = {"clips": 60, "word_error": 0.03, "attention": 0.7}
 GOAL_SPEEDS = {4096: 2.7, 8192: 4.2}  # tokens -> times faster, end to end
@@ -27,10 +28,12 @@ GOAL_SPEEDS = {4096: 2.7, 8192: 4.2}  # tokens -> times faster, end to end
 def problem(record: Record) -> str | None:
     """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
     kind = record.get("kind")
-    if kind not in NEEDS:
-        return f"one with kind {kind!r}, not one of {', '.join(NEEDS)}"
+    if kind not in (*NEEDS, FRONTIER):
+        return f"one with kind {kind!r}, not one of {', '.join((*NEEDS, FRONTIER))}"
     if not isinstance(record.get("machine"), dict):
         return "one without machine (an object)"
+    if kind == FRONTIER:
+        return None if isinstance(record.get("methods"), list) else "one without methods (a list)"
     if kind == "picture" and not isinstance(record.get("pictures"), list):
         return "one without pictures (a list)"
     if kind == "text" and not isinstance(record.get("cosine"), dict):
@@ -119,6 +122,7 @@ class Selection:
 
 def select(records: Sequence[Record]) -> Selection:
     """Of each task the newest examples, with the newest record of each setting; of lengths the newest setting."""
+    records = [record for record in records if record["kind"] != FRONTIER]
     found: list[Task] = []
     kept = 0
     for kind in ("text", "speech"):

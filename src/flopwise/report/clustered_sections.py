@@ -7,6 +7,7 @@ from flopwise.report.charts import Axis, Cloud, Series, frontier, line_chart, sc
 from flopwise.report.clustered import (
     FASTER,
     FLOORS,
+    FRONTIER,
     Selection,
     Task,
     cells,
@@ -36,6 +37,37 @@ def sections(records: Sequence[Record]) -> list[Section]:
     if selection.picture:
         found.append(_pictures(selection.picture))
     return [*found, when_not(selection.lengths), _measured(records, selection)]
+
+
+def frontier_sections(records: Sequence[Record]) -> list[Section]:
+    """Operators alone, error against time: the newest record of each kind of inputs; nothing without one."""
+    newest = {record["inputs"]: record for record in records if record["kind"] == FRONTIER}
+    figures, lines = [], []
+    for inputs, record in newest.items():
+        methods = record["methods"]
+        clouds = []
+        for name, colour in (("clustered", 1), ("others", 2)):
+            chosen = [m for m in methods if m["method"].startswith("clustered") == (name == "clustered")]
+            points = [(m["milliseconds"], m["error"], m["method"].removeprefix("clustered, ")) for m in chosen]
+            clouds.append(Cloud(name, points, colour))
+        best = frontier((x, -y) for cloud in clouds for x, y, _ in cloud.points)
+        x, y = Axis("processor time", "ms", log=True), Axis("relative error", log=True, reverse=True)
+        title = f"On {inputs} inputs, {record['length']} positions"
+        figures.append(scatter(title, clouds, x=x, y=y, line=[(a, -b) for a, b in best]))
+        lines += [
+            [f"{inputs}: {m['method']}", number(m["milliseconds"]), f"{number(m['speedup'])} ×", number(m["error"])]
+            for m in methods
+        ]
+    if not figures:
+        return []
+    text = (
+        "Higher up is closer to softmax, further left is faster; the line joins what nothing beats in both. Structured "
+        "inputs have 60 planted centres, a smooth path and a little noise, as the queries of trained models do; in "
+        "white noise no query is like another."
+    )
+    columns = ["inputs and method", "ms", "times softmax' speed", "relative error"]
+    body = paragraph(text) + side_by_side(figures) + table("8 heads of width 64, one thread, forward", columns, lines)
+    return [Section("Replacements of softmax that need no training", body)]
 
 
 def _verdict(records: Sequence[Record], selection: Selection) -> Section:

@@ -8,7 +8,16 @@ from flopwise.report.pictures import mosaic
 from flopwise.report.records import Record, where_measured, without_number
 from flopwise.report.words import number
 
-NEEDS = {"speed": ("batch",), "painted": (), "completed": (), "play": (), "run": ("bits_per_dim", "parameters")}
+NEEDS = {
+    "speed": ("batch",),
+    "painted": (),
+    "completed": (),
+    "play": (),
+    "run": ("bits_per_dim", "parameters"),
+    "tune": (),
+    "agreement": ("largest_difference", "largest_logit"),
+    "length": ("exponents.linear", "exponents.softmax"),
+}
 SPEED_COLUMNS = ["", "tokens", "tokens/s", "images/s", "over the cache", "over no cache"]
 LISTS = {
     "speed": ("lengths",),
@@ -16,6 +25,9 @@ LISTS = {
     "completed": ("originals", "completions"),
     "play": (),
     "run": (),
+    "tune": (),
+    "agreement": (),
+    "length": ("lengths",),
 }
 NAMES = {
     "linear": ("linear, constant state", 1),
@@ -60,6 +72,36 @@ def sections(records: Sequence[Record]) -> list[Section]:
     return [*found, _when_not(), _measured(records)]
 
 
+def length_sections(records: Sequence[Record]) -> list[Section]:
+    """Time against length, of the newest record; nothing without one."""
+    found = [record for record in records if record["kind"] == "length"]
+    if not found:
+        return []
+    rows = found[-1]["lengths"]
+    series = [
+        Series(name, [(row["length"], row[key]) for row in rows], colour=colour)
+        for key, name, colour in (("softmax", "softmax (SDPA)", 0), ("linear", "linear attention", 1))
+    ]
+    chart = line_chart(
+        "A causal forward and backward pass",
+        series,
+        x=Axis("positions", log=True),
+        y=Axis("processor time", "ms", log=True),
+    )
+    lines = [
+        [
+            f"{row['length']} positions",
+            number(row["linear"]),
+            number(row["softmax"]),
+            f"{number(row['softmax'] / row['linear'])} ×",
+        ]
+        for row in rows
+    ]
+    columns = ["length", "linear, ms", "softmax, ms", "times as fast"]
+    body = side_by_side([chart]) + table("8 heads of width 64, one thread, medians", columns, lines)
+    return [Section("Cost against length", body)]
+
+
 def _verdict(speeds: Sequence[Record]) -> Section:
     if not speeds:
         return Section("Linear attention", paragraph("No speed is measured yet; the same command goes on.", "lead"))
@@ -79,9 +121,9 @@ def _verdict(speeds: Sequence[Record]) -> Section:
     )
     text = (
         f"A transformer with linear attention is a recurrent network: each token costs the same, however many came "
-        f"before. Against the honest baseline, the same model with softmax and a preallocated key-value cache, it "
-        f"generates up to {cache} times as fast; against softmax that computes everything anew for each token, as in "
-        f"the paper, {anew} times."
+        f"before. Against the honest baseline, a softmax model of the same size with a preallocated key-value cache, "
+        f"it generates up to {cache} times as fast; against softmax that computes everything anew for each token, as "
+        f"in the paper, {anew} times."
     )
     return Section(title, paragraph(text, "lead") + cards(figures))
 
@@ -95,7 +137,10 @@ def _painted(record: Record) -> Section:
     each = len(pictures) // max(1, len(set(digits)))
     columns = [pictures[i : i + each] for i in range(0, len(pictures), each)]
     rows = [list(row) for row in zip(*columns, strict=True)]
-    text = "New digits, painted pixel by pixel from nothing but the name of the digit, which is the column."
+    text = (
+        "New digits, painted pixel by pixel from nothing but the name of the digit, which is the column. It is read "
+        "once, up to 784 pixels before: not every picture obeys it."
+    )
     return Section("Painted", paragraph(text) + mosaic("New digits", "painted digits, 0 to 9 from left to right", rows))
 
 

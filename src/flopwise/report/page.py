@@ -13,10 +13,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Section:
-    """A heading (plain text) and what stands below it (markup)."""
+    """A heading (plain text) and what stands below it (markup); level 3 belongs to the section of level 2 before it."""
 
     title: str
     body: str
+    level: int = 2
 
 
 def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -> str:
@@ -24,7 +25,9 @@ def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -
     resources = files("flopwise.report")
     style = resources.joinpath("style.css").read_text(encoding="utf-8")
     code = resources.joinpath(script).read_text(encoding="utf-8")
-    body = "\n".join(f"<section>\n<h2>{escape(section.title)}</h2>\n{section.body}\n</section>" for section in sections)
+    body = "\n".join(
+        f"<section>\n<h{part.level}>{escape(part.title)}</h{part.level}>\n{part.body}\n</section>" for part in sections
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>

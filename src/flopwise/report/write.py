@@ -6,10 +6,12 @@ from pathlib import Path
 from flopwise.report import (
     attention,
     audit,
+    claims,
     clustered,
     clustered_sections,
     importance,
     importance_sections,
+    lake,
     linear,
     tuned,
     tuned_sections,
@@ -21,14 +23,17 @@ PROBLEM = {
     "importance": importance.problem,
     "audit": audit.problem,
     "attention": attention.problem,
+    "lake": lake.problem,
     "linear": linear.problem,
     "clustered": clustered.problem,
     "tune": tuned.problem,
+    "claims": claims.problem,
 }
 SECTIONS = {
     "importance": importance_sections.sections,
     "audit": audit.sections,
     "attention": attention.sections,
+    "lake": lake.sections,
     "linear": linear.sections,
     "clustered": clustered_sections.sections,
     "tune": tuned_sections.sections,
@@ -64,7 +69,7 @@ def read_records(path: Path) -> list[Record]:
 def write_report(records_path: Path, page_path: Path) -> None:
     """Write the page of the records at `records_path` to `page_path`, whole or not at all.
 
-    Several experiments in one file are one page, one after the other.
+    Several experiments in one file are one page, one after the other; with verdicts on claims, claim by claim.
 
     Raises:
         FileNotFoundError: there is no file at `records_path`. (An empty file gives a page which says so.)
@@ -72,7 +77,9 @@ def write_report(records_path: Path, page_path: Path) -> None:
     """
     records = read_records(records_path)
     sections = [Section("No records yet", paragraph(f"{records_path.name} holds no finished run."))]
-    if records:
+    if any(r["experiment"] == "claims" for r in records):
+        sections = claims.sections(records)
+    elif records:
         experiments = {name: [r for r in records if r["experiment"] == name] for name in SECTIONS}
         sections = [part for name, found in experiments.items() if found for part in SECTIONS[name](found)]
     text = page("Stop wasting FLOPs: what was measured", sections)

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -104,14 +105,20 @@ def _inputs(
 ) -> tuple:
     """What both loops take first: where each text lies among queries and keys, the tensors, the settings."""
     packed = cu_seqlens is not None
-    if packed:
-        bounds = key_bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1).long()
+    if cu_seqlens is not None:
+        bounds = key_bounds = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1).long().numpy()
     else:
-        bounds, key_bounds = (torch.tensor([[0, x.shape[2]]] * len(x)) for x in (query, key))
+        bounds, key_bounds = (_whole(len(x), x.shape[2]) for x in (query, key))
     heads = query.shape[1] // key.shape[1]
     rates = memory.new_empty(0, 0) if decay is None else decay.expand(memory.shape[:2])
     tensors = (*_flat(query, packed), heads), _flat(key, packed), _flat(value, packed)
     return bounds, key_bounds, *tensors, rates, memory, normaliser, use_elu
+
+
+@lru_cache
+def _whole(texts: int, length: int) -> Any:
+    """Where texts of one length begin and end; kept, since to make it costs a tenth of a call for a short text."""
+    return torch.tensor([[0, length]] * texts).numpy()
 
 
 def _flat(x: Tensor, packed: bool) -> tuple[Any, int, int, int]:

@@ -17,9 +17,11 @@ from flopwise.linear_attention.kernels.numba_vectors import (
     LANES,
     TILE,
     add_scaled_vector,
-    dot_vector,
+    address,
+    dot_vectors,
     elu_vector,
     multiply_vector,
+    one_row,
     one_vector,
     prefetch,
     scale_vector,
@@ -35,62 +37,121 @@ exactly = njit(nogil=True, cache=True, error_model="numpy")
 
 @compiled
 @no_type_check
-def add_product(out, a, b, add):
+def new_queue(E, M):
+    """Room for `fetch`: the next entry, the first free one; then entries, an address and a distance in bytes."""
+    queue = np.zeros(2 + 2 * 16 * (-(-E // 64) + -(-M // 64)), np.int64)
+    queue[:2] = 1
+    return queue
+
+
+@compiled
+@no_type_check
+def fetch(queue, x, at, width):
+    """Queue a chunk's rows x[at + i stride : ... + width], to be brought nearer while products are computed.
+
+    In a burst they would block what else is read, so every tile of a product fetches 16 lines, in the order of memory,
+    in which the processor fetches some of them by itself.
+    """
+    stride = x[3]
+    if stride == width:
+        for e in range(0, CHUNK * width, 256):
+            enqueue(queue, address(x[0], at + e), 256)
+    else:
+        for e in range(0, width, 64):
+            for i in range(0, CHUNK, 4):
+                enqueue(queue, address(x[0], at + i * stride + e), 4 * stride)
+
+
+@compiled
+@no_type_check
+def enqueue(queue, place, distance):
+    free = queue[1]
+    if queue[0] == free or 2 * free == len(queue):  # nothing is left, or no room: what is left is given up
+        queue[0] = free = 1
+    queue[2 * free], queue[2 * free + 1] = place, distance
+    queue[1] = free + 1
+
+
+@compiled
+@no_type_check
+def fetch_next(queue):
+    """Fetch an entry of the queue, if one is left."""
+    next = queue[0]
+    if next < queue[1]:
+        prefetch(queue[2 * next], queue[2 * next + 1])
+        queue[0] = next + 1
+
+
+@compiled
+@no_type_check
+def add_product(out, a, b, add, queue):
     """out = a @ b, plus out if `add`."""
     inner, columns = b.shape
     for m in range(0, columns, 2 * LANES):
         if m + LANES < columns:
             for i in range(0, len(out), TILE):
-                two_vectors(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
+                at = i * columns + m
+                fetch_next(queue)
+                two_vectors(a, i * inner, inner, 1, b, m, columns, inner, out, at, columns, add)
         else:
             for i in range(0, len(out), 2 * TILE):
-                one_vector(a, i * inner, inner, 1, b, m, columns, inner, out, i * columns + m, columns, add)
+                at = i * columns + m
+                fetch_next(queue)
+                one_vector(a, i * inner, inner, 1, b, m, columns, inner, out, at, columns, add)
 
 
 @compiled
 @no_type_check
-def add_transposed_product(out, a, b, add):
+def add_transposed_product(out, a, b, add, queue):
     """out = a^T @ b."""
-    rows, columns = out.shape
+    (rows, columns), inner = out.shape, len(b)
     for m in range(0, columns, 2 * LANES):
         if m + LANES < columns:
             for i in range(0, rows, TILE):
-                two_vectors(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
+                at = i * columns + m
+                fetch_next(queue)
+                two_vectors(a, i, 1, rows, b, m, columns, inner, out, at, columns, add)
         else:
             for i in range(0, rows, 2 * TILE):
-                one_vector(a, i, 1, rows, b, m, columns, len(b), out, i * columns + m, columns, add)
+                at = i * columns + m
+                fetch_next(queue)
+                one_vector(a, i, 1, rows, b, m, columns, inner, out, at, columns, add)
 
 
 @compiled
 @no_type_check
-def add_product_past(out, a, b):
+def add_product_past(out, a, b, queue):
     """out += a @ b for a lower triangular `a` (CHUNK, CHUNK)."""
     columns = b.shape[1]
     for m in range(0, columns, 2 * LANES):
         if m + LANES < columns:
             for i in range(0, CHUNK, TILE):
                 at = i * columns + m
+                fetch_next(queue)
                 two_vectors(a, i * CHUNK, CHUNK, 1, b, m, columns, i + TILE, out, at, columns, True)
         else:
             for i in range(0, CHUNK, 2 * TILE):
                 at = i * columns + m
+                fetch_next(queue)
                 one_vector(a, i * CHUNK, CHUNK, 1, b, m, columns, i + 2 * TILE, out, at, columns, True)
 
 
 @compiled
 @no_type_check
-def add_product_future(out, a, b):
+def add_product_future(out, a, b, queue):
     """out += a^T @ b for a lower triangular `a` (CHUNK, CHUNK)."""
     columns = b.shape[1]
     for m in range(0, columns, 2 * LANES):
         if m + LANES < columns:
             for i in range(0, CHUNK, TILE):
-                at = i * columns + m
-                two_vectors(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
+                at, first = i * columns + m, i * CHUNK + i
+                fetch_next(queue)
+                two_vectors(a, first, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
         else:
             for i in range(0, CHUNK, 2 * TILE):
-                at = i * columns + m
-                one_vector(a, i * CHUNK + i, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
+                at, first = i * columns + m, i * CHUNK + i
+                fetch_next(queue)
+                one_vector(a, first, 1, CHUNK, b, at, columns, CHUNK - i, out, at, columns, True)
 
 
 @compiled
@@ -105,15 +166,14 @@ def transpose(x, out):
 
 @exactly
 @no_type_check
-def load(x, at, stride, count, width, out, ahead):
-    """Rows x[at + i stride : ... + width] of a chunk into out (CHUNK, padded width); those `ahead` come next."""
+def load(x, at, stride, count, width, factors, out):
+    """Rows x[at + i stride : ... + width] of a chunk, times factors[0, i], into out (CHUNK, padded width)."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
-            prefetch(x, at + (i + ahead) * stride + e)
-            scale_vector(np.float32(1), x, at + i * stride + e, out, i * out.shape[1] + e)
+            scale_vector(factors[0, i], x, at + i * stride + e, out, i * out.shape[1] + e)
         for e in range(whole, width):
-            out[i, e] = x[at + i * stride + e]
+            out[i, e] = factors[0, i] * x[at + i * stride + e]
     for i in range(count, len(out)):
         for e in range(out.shape[1]):
             out[i, e] = 0
@@ -121,15 +181,14 @@ def load(x, at, stride, count, width, out, ahead):
 
 @exactly
 @no_type_check
-def load_features(x, at, stride, count, width, out, ahead, use_elu):
+def load_features(x, at, stride, count, width, ones, out, use_elu):
     """phi of a chunk's rows; what is padded has features 0."""
     if not use_elu:
-        load(x, at, stride, count, width, out, ahead)
+        load(x, at, stride, count, width, ones, out)
         return
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
-            prefetch(x, at + (i + ahead) * stride + e)
             elu_vector(x, at + i * stride + e, out, i * out.shape[1] + e)
         if whole < width:
             for e in range(whole, whole + LANES):
@@ -203,71 +262,42 @@ def multiply(x, y):
 
 @exactly
 @no_type_check
-def store(x, out, at, stride, count, width, ahead):
-    """The reverse of `load`; memory is fetched to be written, too."""
+def store(x, factors, out, at, stride, count, width):
+    """The reverse of `load`, with row i times factors[0, i]."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
-            prefetch(out, at + (i + ahead) * stride + e)
-            scale_vector(np.float32(1), x, i * x.shape[1] + e, out, at + i * stride + e)
+            scale_vector(factors[0, i], x, i * x.shape[1] + e, out, at + i * stride + e)
         for e in range(whole, width):
-            out[at + i * stride + e] = x[i, e]
+            out[at + i * stride + e] = factors[0, i] * x[i, e]
 
 
 @compiled
 @no_type_check
 def load_state(memory, text, group, state):
     """memory[text, group], padded."""
-    _, groups, width, value_width = memory.shape
-    at = (text * groups + group) * width * value_width
-    load(memory.reshape(-1), at, value_width, width, value_width, state, 0)
+    state[:] = 0
+    for e in range(memory.shape[2]):
+        for m in range(memory.shape[3]):
+            state[e, m] = memory[text, group, e, m]
 
 
 @compiled
 @no_type_check
 def store_state(state, memory, text, group):
     """The reverse of `load_state`."""
-    _, groups, width, value_width = memory.shape
-    at = (text * groups + group) * width * value_width
-    store(state, memory.reshape(-1), at, value_width, width, value_width, 0)
+    for e in range(memory.shape[2]):
+        for m in range(memory.shape[3]):
+            memory[text, group, e, m] = state[e, m]
 
 
 @compiled
 @no_type_check
-def scale_rows(x, factors):
-    """x[i] *= factors[i]."""
+def dot_rows(x, y, y_stride, out):
+    """out[0, i] = x[i] . y[i y_stride : ...]."""
     columns = x.shape[1]
-    for i in range(CHUNK):
-        for e in range(0, columns, LANES):
-            scale_vector(factors[0, i], x, i * columns + e, x, i * columns + e)
-
-
-@compiled
-@no_type_check
-def dot_rows(x, y, y_stride, partial):
-    """partial[i] (LANES) adds up to x[i] . y[i y_stride : ...]."""
-    columns = x.shape[1]
-    for i in range(CHUNK):
-        dot_vector(x, i * columns, y, i * y_stride, columns, partial, i * LANES)
-
-
-@compiled
-@no_type_check
-def add_row_sums(x, partial):
-    """partial[i] adds up to the sum of x[i] more."""
-    columns = x.shape[1]
-    for i in range(CHUNK):
-        for e in range(0, columns, LANES):
-            add_scaled_vector(np.float32(1), x, i * columns + e, partial, i * LANES)
-
-
-@compiled
-@no_type_check
-def add_up(partial, partial_t, out):
-    """out[0, i] = sum of partial[i], transposed so that whole vectors are added."""
-    transpose(partial, partial_t)
-    out[:] = 0
-    add_rows(partial_t, out)
+    for i in range(0, CHUNK, LANES):
+        dot_vectors(x, i * columns, columns, y, i * y_stride, y_stride, columns, out, i)
 
 
 @compiled
@@ -281,12 +311,11 @@ def shrink(x, factor):
 
 @compiled
 @no_type_check
-def add_rows(x, out):
-    """out[0] += sum_i x[i]."""
+def add_weighted_rows(numbers, x, out):
+    """out[0] += sum_i numbers[i] x[i], of a chunk."""
     columns = x.shape[1]
-    for i in range(len(x)):
-        for e in range(0, columns, LANES):
-            add_scaled_vector(np.float32(1), x, i * columns + e, out, e)
+    for e in range(0, columns, LANES):
+        one_row(numbers, 0, 0, 1, x, e, columns, CHUNK, out, e, columns, True)
 
 
 @compiled
@@ -300,26 +329,23 @@ def invert(x):
 @compiled
 @no_type_check
 def write_output(product, total, out, denominator, text, head, first, count, value_width):
-    """Numerators and denominators of a chunk into the output, their ratio, and the denominators."""
+    """Numerators over denominators of a chunk into the output, and the denominators."""
     at = place(denominator, text, head, first)
     for i in range(count):
         denominator[0][at + i] = total[0, i]
     invert(total)
-    scale_rows(product, total)
-    store(product, out[0], place(out, text, head, first), out[3], count, value_width, CHUNK)
+    store(product, total, out[0], place(out, text, head, first), out[3], count, value_width)
 
 
 @compiled
 @no_type_check
-def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse, ahead):
+def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse):
     """g = grad / denominator, of a chunk."""
-    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, g, ahead)
-    inverse[:] = 0
     at = place(denominator, text, head, first)
-    for i in range(count):
-        inverse[0, i] = denominator[0][at + i]
+    for i in range(CHUNK):
+        inverse[0, i] = denominator[0][at + i] if i < count else np.float32(0)
     invert(inverse)
-    scale_rows(g, inverse)
+    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, inverse, g)
 
 
 @compiled
@@ -330,16 +356,6 @@ def add_outer(numbers, x, out):
     for i in range(CHUNK):
         for e in range(0, columns, LANES):
             add_scaled_vector(numbers[i], x, e, out, i * columns + e)
-
-
-@compiled
-@no_type_check
-def add_weighted_rows(numbers, x, out):
-    """out[0] += sum_i numbers[i] x[i]."""
-    columns = x.shape[1]
-    for i in range(CHUNK):
-        for e in range(0, columns, LANES):
-            add_scaled_vector(numbers[i], x, i * columns + e, out, e)
 
 
 @compiled
@@ -363,7 +379,8 @@ def causal_forward(
     q_scaled, k_scaled = (matrix(CHUNK, E), matrix(CHUNK, E)) if decays else (q, k)
     attention, past, powers = matrix(CHUNK, CHUNK), matrix(CHUNK, CHUNK), matrix(1, CHUNK + 1)
     product, S, z = matrix(CHUNK, M), matrix(E, M), matrix(1, E)
-    partial, partial_t, total = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK)
+    total, within_chunk, ones, queue = matrix(1, CHUNK), matrix(1, CHUNK), matrix(1, CHUNK), new_queue(E, M)
+    ones[:] = 1
     powers_of(np.float32(1), powers, past)
     for row in range(start, stop):
         text, group = row // groups, row % groups
@@ -374,27 +391,32 @@ def causal_forward(
             powers_of(decay[text, group], powers, past)
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
             transpose(k, k_t)
+            fetch(queue, key, place(key, text, group, first + CHUNK), width)
+            fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
             for head in heads_of(group, query):
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
-                add_product(attention, q, k_t, False)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                fetch(queue, query, place(query, text, head, first + CHUNK), width)
+                fetch(queue, out, place(out, text, head, first + CHUNK), value_width)
+                add_product(attention, q, k_t, False, queue)
                 multiply(attention, past)
                 if decays:
                     weigh(q, powers, 1, 1, count, q_scaled)
-                add_product(product, q_scaled, S, False)
-                add_product_past(product, attention, v)
-                dot_rows(q_scaled, z, 0, partial)
-                add_row_sums(attention, partial)
-                add_up(partial, partial_t, total)
+                add_product(product, q_scaled, S, False, queue)
+                add_product_past(product, attention, v, queue)
+                dot_rows(q_scaled, z, 0, total)
+                dot_rows(attention, ones, 0, within_chunk)
+                for i in range(CHUNK):
+                    total[0, i] += within_chunk[0, i]
                 write_output(product, total, out, denominator, text, head, first, count, value_width)
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
                 shrink(S, powers[0, count])
                 shrink(z, powers[0, count])
-            add_transposed_product(S, k_scaled, v, True)
-            add_rows(k_scaled, z)
+            add_transposed_product(S, k_scaled, v, True, queue)
+            add_weighted_rows(ones, k_scaled, z)
         store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
 
@@ -423,7 +445,7 @@ def causal_backward(
     state, state_t = matrix(E, M), matrix(M, E)
     z, r, inverse, ones = matrix(1, E), matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK)
     weights = np.ones(CHUNK, np.float32)
-    partial, partial_t, total = matrix(CHUNK, LANES), matrix(LANES, CHUNK), matrix(1, CHUNK)
+    total, queue = matrix(1, CHUNK), new_queue(E, M)
     shares = np.zeros((query[4], (bounds[:, 1] - bounds[:, 0]).max() + CHUNK), np.float32)
     ones[:] = 1
     powers_of(np.float32(1), powers, past)
@@ -438,18 +460,23 @@ def causal_backward(
         z[0, :width] = normaliser[text, group]
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
             transpose(v, v_t)
+            fetch(queue, key, place(key, text, group, first + CHUNK), width)
+            fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
             for head in heads_of(group, query):
+                fetch(queue, grad_out, place(grad_out, text, head, first + CHUNK), value_width)
+                fetch(queue, out, place(out, text, head, first + CHUNK), value_width)
+                fetch(queue, query, place(query, text, head, first + CHUNK), width)
+                fetch(queue, grad_query, place(grad_query, text, head, first + CHUNK), width)
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
-                dot_rows(g, y, M, partial)
-                add_up(partial, partial_t, total)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, ones, y)
+                dot_rows(g, y, M, total)
                 for i in range(CHUNK):
                     share[i] = -total[0, i]
-                add_product(grad_attention, g, v_t, False)
+                add_product(grad_attention, g, v_t, False, queue)
                 add_outer(share, ones, grad_attention)
                 multiply(grad_attention, past)
                 if decays:
@@ -458,27 +485,27 @@ def causal_backward(
                         weights[i] = powers[0, i + 1]
                 for i in range(CHUNK):
                     total[0, i] = share[i] * weights[i]
-                add_product(grad_e, g_scaled, state_t, False)
+                add_product(grad_e, g_scaled, state_t, False, queue)
                 add_outer(total[0], z, grad_e)
-                add_product_past(grad_e, grad_attention, k)
+                add_product_past(grad_e, grad_attention, k, queue)
                 if use_elu:
-                    load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
+                    load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
                     through_elu(grad_e, q)
-                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width, CHUNK)
+                store(grad_e, ones, grad_query[0], place(grad_query, text, head, first), width, count, width)
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
                 shrink(state_t, powers[0, count])
                 shrink(z, powers[0, count])
-            add_transposed_product(state_t, v, k_scaled, True)
-            add_rows(k_scaled, z)
+            add_transposed_product(state_t, v, k_scaled, True, queue)
+            add_weighted_rows(ones, k_scaled, z)
 
         load_state(grad_last_memory, text, group, state)  # R
         z[0, :width] = grad_last_normaliser[text, group]
         for chunk in range((end - begin - 1) // CHUNK, -1, -1):
             first = begin + chunk * CHUNK
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, -CHUNK, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v, -CHUNK)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
             transpose(k, k_t)
             transpose(v, v_t)
             if decays:
@@ -487,34 +514,41 @@ def causal_backward(
                 transpose(v_scaled, v_t_scaled)
                 for j in range(CHUNK):
                     weights[j] = powers[0, max(count - 1 - j, 0)]
+            before = first - CHUNK
+            fetch(queue, key, place(key, text, group, before), width)
+            fetch(queue, value, place(value, text, group, before), value_width)
+            fetch(queue, grad_key, place(grad_key, text, group, before), width)
+            fetch(queue, grad_value, place(grad_value, text, group, before), value_width)
             # d phi(k)^T = R v^T and not d phi(k) = v R^T, which would take R^T from the cache as well
-            add_product(grad_t, state, v_t_scaled, False)
-            add_product(grad_m, k_scaled, state, False)
+            add_product(grad_t, state, v_t_scaled, False, queue)
+            add_product(grad_m, k_scaled, state, False, queue)
             r[:] = z
             if decays:
                 shrink(state, powers[0, count])
                 shrink(z, powers[0, count])
             for head in heads_of(group, query):
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, -CHUNK, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, -CHUNK)
-                add_product(attention, q, k_t, False)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
+                add_product(attention, q, k_t, False, queue)
                 multiply(attention, past)
-                add_product(grad_attention, g, v_t, False)
+                add_product(grad_attention, g, v_t, False, queue)
                 add_outer(share, ones, grad_attention)
                 multiply(grad_attention, past)
-                add_transposed_product(grad_t, q, grad_attention, True)
-                add_product_future(grad_m, attention, g)
+                add_transposed_product(grad_t, q, grad_attention, True, queue)
+                add_product_future(grad_m, attention, g, queue)
                 if decays:
                     weigh(q, powers, 1, 1, count, q_scaled)
-                add_transposed_product(state, q_scaled, g, True)
+                fetch(queue, query, place(query, text, head, before), width)
+                fetch(queue, grad_out, place(grad_out, text, head, before), value_width)
+                add_transposed_product(state, q_scaled, g, True, queue)
                 add_weighted_rows(share, q_scaled, z)
             transpose(grad_t, grad_e)
             add_outer(weights, r, grad_e)
             if use_elu:
                 through_elu(grad_e, k)
-            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width, -CHUNK)
-            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width, -CHUNK)
+            store(grad_e, ones, grad_key[0], place(grad_key, text, group, first), width, count, width)
+            store(grad_m, ones, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
         store_state(state, grad_memory, text, group)
         grad_normaliser[text, group] = z[0, :width]
 
@@ -530,24 +564,28 @@ def full_forward(
     E, M = padded(width), padded(value_width)
     q, k, v = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M)
     product, S, z, total = matrix(CHUNK, M), matrix(E, M), matrix(1, E), matrix(1, CHUNK)
-    partial, partial_t = matrix(CHUNK, LANES), matrix(LANES, CHUNK)
+    ones, queue = matrix(1, CHUNK), new_queue(E, M)
+    ones[:] = 1
     for row in range(start, stop):
         text, group = row // groups, row % groups
         load_state(memory, text, group, S)
         z[0, :width] = normaliser[text, group]
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
-            add_transposed_product(S, k, v, True)
-            add_rows(k, z)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
+            fetch(queue, key, place(key, text, group, first + CHUNK), width)
+            fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
+            add_transposed_product(S, k, v, True, queue)
+            add_weighted_rows(ones, k, z)
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
-                add_product(product, q, S, False)
-                dot_rows(q, z, 0, partial)
-                add_up(partial, partial_t, total)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                fetch(queue, query, place(query, text, head, first + CHUNK), width)
+                fetch(queue, out, place(out, text, head, first + CHUNK), value_width)
+                add_product(product, q, S, False, queue)
+                dot_rows(q, z, 0, total)
                 write_output(product, total, out, denominator, text, head, first, count, value_width)
         store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
@@ -567,7 +605,8 @@ def full_backward(
     grad_e, grad_m = matrix(CHUNK, E), matrix(CHUNK, M)
     S, S_t, R, R_t = matrix(E, M), matrix(M, E), matrix(E, M), matrix(M, E)
     z, r, inverse, total = matrix(1, E), matrix(1, E), matrix(1, CHUNK), matrix(1, CHUNK)
-    partial, partial_t, ones = matrix(CHUNK, LANES), matrix(LANES, CHUNK), np.ones(CHUNK, np.float32)
+    ones, queue = matrix(1, CHUNK), new_queue(E, M)
+    ones[:] = 1
     for row in range(start, stop):
         text, group = row // groups, row % groups
         load_state(last_memory, text, group, S)
@@ -578,30 +617,37 @@ def full_backward(
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, q, CHUNK, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse, CHUNK)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, y, CHUNK)
-                dot_rows(g, y, M, partial)
-                add_up(partial, partial_t, total)
+                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
+                load(out[0], place(out, text, head, first), out[3], count, value_width, ones, y)
+                dot_rows(g, y, M, total)
                 shrink(total, np.float32(-1))  # the share of the denominator
-                add_product(grad_e, g, S_t, False)
+                fetch(queue, query, place(query, text, head, first + CHUNK), width)
+                fetch(queue, grad_out, place(grad_out, text, head, first + CHUNK), value_width)
+                fetch(queue, out, place(out, text, head, first + CHUNK), value_width)
+                fetch(queue, grad_query, place(grad_query, text, head, first + CHUNK), width)
+                add_product(grad_e, g, S_t, False, queue)
                 add_outer(total[0], z, grad_e)
-                add_transposed_product(R, q, g, True)
-                add_weighted_rows(total[0], q, r)
+                add_transposed_product(R, q, g, True, queue)
+                add_weighted_rows(total, q, r)
                 if use_elu:
                     through_elu(grad_e, q)
-                store(grad_e, grad_query[0], place(grad_query, text, head, first), width, count, width, CHUNK)
+                store(grad_e, ones, grad_query[0], place(grad_query, text, head, first), width, count, width)
         transpose(R, R_t)
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, k, CHUNK, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, v, CHUNK)
-            add_product(grad_e, v, R_t, False)
-            add_outer(ones, r, grad_e)
-            add_product(grad_m, k, R, False)
+            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
+            fetch(queue, key, place(key, text, group, first + CHUNK), width)
+            fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
+            fetch(queue, grad_key, place(grad_key, text, group, first + CHUNK), width)
+            fetch(queue, grad_value, place(grad_value, text, group, first + CHUNK), value_width)
+            add_product(grad_e, v, R_t, False, queue)
+            add_outer(ones[0], r, grad_e)
+            add_product(grad_m, k, R, False, queue)
             if use_elu:
                 through_elu(grad_e, k)
-            store(grad_e, grad_key[0], place(grad_key, text, group, first), width, count, width, CHUNK)
-            store(grad_m, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width, CHUNK)
+            store(grad_e, ones, grad_key[0], place(grad_key, text, group, first), width, count, width)
+            store(grad_m, ones, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
         store_state(R, grad_memory, text, group)
         grad_normaliser[text, group] = r[0, :width]

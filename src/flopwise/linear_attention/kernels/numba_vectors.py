@@ -110,7 +110,7 @@ def _tile(rows: int, vectors: int) -> Callable[..., None]:
     return product
 
 
-one_vector, two_vectors = _tile(2 * TILE, 1), _tile(TILE, 2)
+one_vector, two_vectors, one_row = _tile(2 * TILE, 1), _tile(TILE, 2), _tile(1, 1)
 
 
 # 2^f for |f| <= 1/2, relative error 9e-8
@@ -199,35 +199,52 @@ multiply_vector = _with_vector(lambda builder, x, y, out: builder.fmul(x, y))
 through_elu_vector = _with_vector(_times_derivative_of_elu)  # x min(y, 1), of features y
 
 
+def _halves() -> tuple[ir.Constant, ir.Constant]:
+    """The shuffles that interleave the lower and the upper halves of two vectors."""
+    pairs = [i // 2 + i % 2 * LANES for i in range(LANES)]
+    return ir.Constant(BITS, pairs), ir.Constant(BITS, [LANES // 2 + i for i in pairs])
+
+
 @intrinsic
 @no_type_check
-def dot_vector(typing_context, x, at, y, y_at, length, out, out_at):
-    """out[l] = sum_i x[i LANES + l] y[i LANES + l] over `length` numbers: LANES parts of x . y."""
+def dot_vectors(typing_context, x, at, row, y, y_at, y_row, length, out, out_at):
+    """out[r] = x[r] . y[r] over `length` numbers, for LANES rows: a sum of vectors for each, then of pairs of them."""
 
     @no_type_check
     def generate(context, builder, signature, arguments):
-        x, at, y, y_at, length, out, out_at = arguments
+        x, at, row, y, y_at, y_row, length, out, out_at = arguments
         x = _pointer(context, builder, signature.args[0], x, at)
-        y = _pointer(context, builder, signature.args[2], y, y_at)
-        entry = builder.block
+        y = _pointer(context, builder, signature.args[3], y, y_at)
+        fma, entry = _multiply_add(builder), builder.block
         loop, end = builder.append_basic_block("loop"), builder.append_basic_block("end")
         builder.branch(loop)
 
         builder.position_at_end(loop)
-        i, total = builder.phi(INDEX), builder.phi(VECTOR)
-        more = _multiply_add(builder)(_load(builder, builder.gep(x, [i])), _load(builder, builder.gep(y, [i])), total)
+        i = builder.phi(INDEX)
+        totals = [builder.phi(VECTOR) for _ in range(LANES)]
+        more = []
+        for r, total in enumerate(totals):
+            pair = (
+                _load(builder, builder.gep(base, [builder.add(i, builder.mul(step, INDEX(r)))]))
+                for base, step in ((x, row), (y, y_row))
+            )
+            more.append(fma(*pair, total))
         following = builder.add(i, INDEX(LANES))
-        for phi, first, then in ((i, INDEX(0), following), (total, _constant(0.0), more)):
+        for phi, first, then in ((i, INDEX(0), following), *zip(totals, [_constant(0.0)] * LANES, more, strict=True)):
             phi.add_incoming(first, entry)
             phi.add_incoming(then, builder.block)
         builder.cbranch(builder.icmp_signed("<", following, length), loop, end)
 
         builder.position_at_end(end)
-        _store(builder, more, _pointer(context, builder, signature.args[5], out, out_at))
+        low, high = _halves()
+        while len(more) > 1:
+            pairs = zip(more[: len(more) // 2], more[len(more) // 2 :], strict=True)
+            more = [builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in (low, high))) for a, b in pairs]
+        _store(builder, more[0], _pointer(context, builder, signature.args[7], out, out_at))
         return context.get_dummy_value()
 
     n = types.int64
-    return types.none(x, n, y, n, n, out, n), generate
+    return types.none(x, n, n, y, n, n, n, out, n), generate
 
 
 @intrinsic
@@ -241,12 +258,10 @@ def transpose_block(typing_context, x, at, row, out, out_at, out_row):
         x = _pointer(context, builder, signature.args[0], x, at)
         out = _pointer(context, builder, signature.args[3], out, out_at)
         rows = [_load(builder, builder.gep(x, [builder.mul(row, INDEX(i))])) for i in range(LANES)]
-        half = LANES // 2
-        low = ir.Constant(BITS, [i // 2 + i % 2 * LANES for i in range(LANES)])
-        high = ir.Constant(BITS, [half + i // 2 + i % 2 * LANES for i in range(LANES)])
+        half, masks = LANES // 2, _halves()
         for _ in range(LANES.bit_length() - 1):
             pairs = [(rows[i], rows[i + half]) for i in range(half)]
-            rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in (low, high)]
+            rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
         for i, vector in enumerate(rows):
             _store(builder, vector, builder.gep(out, [builder.mul(out_row, INDEX(i))]))
         return context.get_dummy_value()
@@ -257,16 +272,33 @@ def transpose_block(typing_context, x, at, row, out, out_at, out_row):
 
 @intrinsic
 @no_type_check
-def prefetch(typing_context, x, at):
-    """Bring the cache line of x[at] nearer; `at` may lie outside of x."""
+def address(typing_context, x, at):
+    """Where in memory x[at] is; it need not exist."""
 
     @no_type_check
     def generate(context, builder, signature, arguments):
+        return builder.ptrtoint(_pointer(context, builder, signature.args[0], *arguments), INDEX)
+
+    return types.int64(x, types.int64), generate
+
+
+@intrinsic
+@no_type_check
+def prefetch(typing_context, place, distance):
+    """Bring four times four cache lines nearer, `distance` bytes apart from this address on; they need not exist."""
+
+    @no_type_check
+    def generate(context, builder, signature, arguments):
+        place, distance = arguments
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        line = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments), byte)
-        builder.call(function, [line, number(0), number(2), number(1)])  # to read, into the second level, data
+        read, second_level, data = number(0), number(2), number(1)
+        for _ in range(4):
+            for line in range(4):
+                where = builder.inttoptr(builder.add(place, INDEX(64 * line)), byte)
+                builder.call(function, [where, read, second_level, data])
+            place = builder.add(place, distance)
         return context.get_dummy_value()
 
-    return types.none(x, types.int64), generate
+    return types.none(types.int64, types.int64), generate

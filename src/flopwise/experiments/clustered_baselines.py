@@ -1,12 +1,49 @@
-"""Training-free replacements for softmax attention that clustered attention is compared with. Benchmark code only.
+"""Training-free replacements for softmax attention that clustered attention is compared with, and the comparison.
 
 All take (query, key, value), each (b, h, n, width) with one n, and give (b, h, n, width). They are written for a fair
 cost: none builds an n x n matrix but `exact_top_keys`, which is there for its error, not its time.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from flopwise.clustered_attention import clustered_attention
+from flopwise.core.timing import take_turns
+from flopwise.experiments.operators import Attention, forward, relative_error
+
+SETTINGS = ((16, 32), (32, 0), (32, 32), (64, 32), (64, 64), (100, 64), (200, 64))  # clusters, top-k
+
+
+def contenders() -> dict[str, Attention]:
+    """Clustered attention in several settings, then the others; each of them costs less than softmax at some length."""
+    return {
+        **{f"clustered, C={c}, top-{k}": partial(clustered_attention, clusters=c, topk=k) for c, k in SETTINGS},
+        **{f"local window {w} and 32 global": partial(local_and_global, window=w, first=32) for w in (64, 128)},
+        **{f"Nystrom, {m} landmarks": partial(nystrom, landmarks=m) for m in (64, 128)},
+        **{f"FAVOR+, {m} features": partial(favor, features=m) for m in (128, 256)},
+        **{f"buckets of 64, {r} rounds": partial(buckets, size=64, rounds=r) for r in (2, 4)},
+        "exact top-32": partial(exact_top_keys, topk=32),
+    }
+
+
+def compare(inputs: tuple[Tensor, Tensor, Tensor], *, rounds: int) -> list[dict[str, Any]]:
+    """Each contender's forward time in turns, and its relative error, against `scaled_dot_product_attention`."""
+    exact = scaled_dot_product_attention(*inputs)
+    works = {name: partial(forward, attention, *inputs) for name, attention in contenders().items()}
+    seconds = take_turns({"sdpa": partial(forward, scaled_dot_product_attention, *inputs), **works}, rounds)
+    return [
+        {
+            "method": name,
+            "milliseconds": 1e3 * seconds[name],
+            "speedup": seconds["sdpa"] / seconds[name],
+            "error": relative_error(work()[0], exact),
+        }
+        for name, work in works.items()
+    ]
 
 
 def local_and_global(query: Tensor, key: Tensor, value: Tensor, *, window: int, first: int) -> Tensor:

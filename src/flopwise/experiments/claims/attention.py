@@ -1,0 +1,92 @@
+"""Claim 2: attention sampling's fraction of compute and memory, from image-level labels alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from flopwise.experiments import attention
+from flopwise.experiments.attention_cost import added_megabytes, milliseconds
+from flopwise.experiments.attention_demo import METHOD, show_glimpses
+from flopwise.experiments.claims.claim import Claim, Judgement, of_kind
+from flopwise.experiments.runner import Record, run_all
+
+QUICK = replace(attention.QUICK, seconds=90.0, methods=(METHOD, "cnn_4"))
+FULL = attention.FULL
+ALL_PIXELS = "cnn_1"
+SIDES = {False: (1504,), True: (752, 1504, 3000)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training step costs; two runs with equal fields are the same run."""
+
+    method: str
+    side: int
+    kind: str = "cost"
+
+    @property
+    def name(self) -> str:
+        return f"cost-{self.method}-side{self.side}"
+
+
+def run(folder: Path, full: bool) -> None:
+    plan = FULL if full else QUICK
+    for side in SIDES[full]:
+        for method in (METHOD, ALL_PIXELS):  # one after the other: they are timed
+            run_all([Run(method, side)], cost, folder, title=f"a step on {side} x {side} pixels")
+    attention.compare(plan, folder)
+    show_glimpses(folder, side=plan.side)
+
+
+def cost(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
+    """The record of a step: processor time, and what it adds to the process' memory. `checkpoint` is not used."""
+    del checkpoint, progress
+    return {
+        "experiment": "attention",
+        "kind": "cost",
+        "method": run.method,
+        "side": run.side,
+        "milliseconds": milliseconds([run.method], run.side, rounds=3)[run.method],
+        "megabytes": added_megabytes(run.method, run.side),
+    }
+
+
+def judge(records: Sequence[Record]) -> Judgement:
+    """Steps at the largest side that was timed; errors of the newest budget."""
+    costs = {(r["method"], r["side"]): r for r in of_kind(records, "attention", "cost")}
+    side = max(side for _, side in costs)
+    ours, theirs = costs[METHOD, side], costs[ALL_PIXELS, side]
+    less = [theirs[key] / ours[key] for key in ("milliseconds", "megabytes") if ours[key] and theirs[key]]
+    runs = of_kind(records, "attention", "run")
+    runs = [r for r in runs if all(r[key] == runs[-1][key] for key in ("budget", "data"))]
+    errors = {
+        method: fmean(r["test_error"] for r in runs if r["method"] == method) for method in {r["method"] for r in runs}
+    }
+    best = min((method for method in errors if method.startswith("cnn")), key=lambda method: errors[method])
+    seconds = runs[-1]["budget"]["seconds"]
+    memory = f" and {less[1]:.0f} × less memory" if len(less) > 1 else ""
+    text = (
+        f"a step on {side} × {side} pixels takes {less[0]:.0f} × less processor time{memory} than the same layers on "
+        f"all pixels; after {seconds:g} s of training it misses {100 * errors[METHOD]:.1f} % of test images, the best "
+        f"network over all pixels {100 * errors[best]:.1f} % (chance 90 %)"
+    )
+    cheaper, better = min(less) >= 10, errors[METHOD] < errors[best]
+    why = f"cost {'' if cheaper else 'not '}below a tenth; error {'' if better else 'not '}below the best of all pixels"
+    return Judgement("reproduced" if cheaper and better else "in part" if cheaper else "not reproduced", text, why)
+
+
+CLAIM = Claim(
+    name="attention",
+    number=2,
+    statement="Attention sampling needs a fraction of the compute and memory, and only image-level labels.",
+    paper="computation and memory lower by an order of magnitude for the same accuracy (ICML 2019)",
+    baseline="networks with the same layers over all pixels (reduced 4 times; in full also twice and not at all, each "
+    "at its own best rate), with the same processor time",
+    budget=("90 s of processor time a run, one seed, digits hidden in 1500 × 1500 pixels", "360 s a run, 3 seeds"),
+    rule="a training step costs at most a tenth in time and in memory, and at equal time the test error is lower",
+    limits="What matters fills the image, or cannot be told from the rest at low resolution; images are small.",
+    run=run,
+    judge=judge,
+)
