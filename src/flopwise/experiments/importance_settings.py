@@ -46,7 +46,7 @@ from flopwise.experiments.runner import Records, run_all
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
 RATIO = 6  # batches in a presample, for every method
-CURVE_POINTS = 10
+CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
 WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
 TILE = 64  # pixels a side
 TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
@@ -202,9 +202,9 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
     curve: list[dict[str, Any]] = []
     paused, started = 0.0, time.process_time()
 
-    def point() -> None:
-        train_loss, test_error = evaluate(model, setting, data)
+    def point(limit: int) -> None:
         seconds = time.process_time() - started - paused
+        train_loss, test_error = evaluate(model, setting, data, limit=limit)
         curve.append(
             {"share": budget.share(ledger), "seconds": seconds, "train_loss": train_loss, "test_error": test_error}
         )
@@ -226,9 +226,9 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
             if share * CURVE_POINTS >= len(curve):
                 with ledger.paused():
                     stopped = time.process_time()
-                    point()
+                    point(CURVE_EXAMPLES)
                     paused += time.process_time() - stopped
-    point()
+    point(END_EXAMPLES)
     return {
         "experiment": "importance_settings",
         "kind": run.kind,
@@ -251,8 +251,8 @@ def _scaled(method: Baseline | ImportanceSampler, optimizer: torch.optim.Optimiz
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, setting: Setting, data: Data, *, limit: int = 2000) -> tuple[float, float]:
-    """Mean training loss, augmented the same way every time, and share of test errors."""
+def evaluate(model: nn.Module, setting: Setting, data: Data, *, limit: int) -> tuple[float, float]:
+    """Mean training loss, augmented the same way every time, and share of test errors, over `limit` of each."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(len(data.train_y), generator=generator)[:limit]
@@ -260,9 +260,9 @@ def evaluate(model: nn.Module, setting: Setting, data: Data, *, limit: int = 200
         cross_entropy(model(setting.inputs(data.train_x[index], generator)), data.train_y[index], reduction="none")
         for index in some.split(200)
     ]
+    others = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))[:limit]
     errors = [
-        model(setting.inputs(x, None)).argmax(1) != y
-        for x, y in zip(data.test_x.split(200), data.test_y.split(200), strict=True)
+        model(setting.inputs(data.test_x[index], None)).argmax(1) != data.test_y[index] for index in others.split(200)
     ]
     model.train()
     return float(torch.cat(losses).mean()), float(torch.cat(errors).float().mean())
