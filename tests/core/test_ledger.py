@@ -40,10 +40,21 @@ class TestHandFormulas:
         side = layer(x).shape[-1]
         forward = 2 * B * side**2 * 4 * 2 * 25
         assert spent_by(lambda: layer(x)) == forward
-        both = spent_by(lambda: layer(x).sum().backward())
-        if stride == 1 and padding == 0:
-            assert both == 3 * forward
-        assert 2 * forward < both < 5 * forward  # torch counts the padded transposed convolution
+        assert spent_by(lambda: layer(x).sum().backward()) == 3 * forward
+        assert spent_by(lambda: layer(x.detach()).sum().backward()) == 2 * forward  # no gradient of the input
+
+    @pytest.mark.parametrize("groups", [2, 6])
+    def test_a_grouped_convolution_costs_its_groups(self, groups: int):
+        layer = nn.Conv2d(6, 6, 3, padding=1, groups=groups)
+        x = leaf(B, 6, 8, 8)
+        assert spent_by(lambda: layer(x).sum().backward()) == 3 * 2 * B * 8 * 8 * 6 * (6 // groups) * 9
+
+    def test_transposed_convolution(self):
+        layer = nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2)
+        x = leaf(B, 6, 8, 8)
+        forward = 2 * B * 8 * 8 * 6 * 2 * 9
+        assert spent_by(lambda: layer(x)) == forward
+        assert spent_by(lambda: layer(x).sum().backward()) == 3 * forward
 
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("key_heads", [1, 2])

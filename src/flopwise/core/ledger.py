@@ -379,13 +379,34 @@ def _matrix_vector_flops(matrix: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * prod(matrix)
 
 
-# torch 2.13 has no formula for these operations and counts them as zero.
+def _convolution_backward_flops(
+    grad: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: list[bool],
+    **_: Any,
+) -> int:
+    """As much as the forward pass for the gradient of the input, and again for that of the weight."""
+    positions = x[2:] if transposed else grad[2:]
+    return (output_mask[0] + output_mask[1]) * 2 * x[0] * prod(positions) * prod(weight)
+
+
+# torch 2.13 has no formula for these operations and counts them as zero; in the gradient of a convolution's weight it
+# forgets the groups, and counts a depthwise one as many times as it has channels.
 aten = torch.ops.aten
 EXTRA_FORMULAS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     aten._native_multi_head_attention: _projected_attention_flops,
     aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
+    aten.convolution_backward: _convolution_backward_flops,
     aten.mv: _matrix_vector_flops,
     aten.dot: _matrix_vector_flops,
 }

@@ -1,9 +1,7 @@
 """Fashion-MNIST: the images the package ships, or the full set from the user's IDX files, and augmented batches."""
 
 import gzip
-from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
+
+from flopwise.experiments.passes import ShuffledPasses
 
 SHIFT = 1  # pixels, each way
 CHECKED_NAMES = (
@@ -78,42 +78,16 @@ def _find(folder: Path | None, name: str) -> Any:
     )
 
 
-class Augmented:
-    """A loader of augmented batches, pass after pass over the images, that can say where it is.
-
-    Every pass is a new permutation, cut into batches of `size` (the rest, smaller than a batch, sits this pass out).
-    Each image is mirrored with probability 1/2 and shifted by up to a pixel each way. All of it follows from
-    `seed` and the number of the batch, so that `load_state_dict` is exact.
-    """
+class Augmented(ShuffledPasses):
+    """A loader of augmented batches: each image is mirrored with probability 1/2 and shifted by up to a pixel."""
 
     def __init__(self, images: Images, *, size: int, seed: int) -> None:
-        if size > len(images):
-            raise ValueError(f"a batch is no larger than the data; got {size} of {len(images)} images.")
-        self.images, self.size, self.seed = images, size, seed
-        self.per_pass = len(images) // size
-        self.batch = 0
-        self._order: tuple[int, Tensor] | None = None
+        def make(
+            index: Int[Tensor, " b"], generator: torch.Generator
+        ) -> tuple[Float[Tensor, "b 1 28 28"], Int[Tensor, " b"]]:
+            return augment(normalise(images.pixels[index]), generator), images.labels[index]
 
-    def __iter__(self) -> Iterator[tuple[Float[Tensor, "b 1 28 28"], Int[Tensor, " b"]]]:
-        while True:
-            this_pass, place = divmod(self.batch, self.per_pass)
-            if self._order is None or self._order[0] != this_pass:
-                self._order = this_pass, torch.randperm(len(self.images), generator=self._generator(0, this_pass))
-            index = self._order[1][place * self.size : (place + 1) * self.size]
-            generator = self._generator(1, self.batch)
-            self.batch += 1
-            yield augment(normalise(self.images.pixels[index]), generator), self.images.labels[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"batch": self.batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batch = state["batch"]
-
-    def _generator(self, use: int, number: int) -> torch.Generator:
-        """One for each seed, use and number: hashed, since torch's CPU generator looks at 32 bits of a seed only."""
-        digest = blake2b(f"{self.seed} {use} {number}".encode(), digest_size=4).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
+        super().__init__(len(images), make, size=size, seed=seed)
 
 
 def normalise(pixels: UInt8[Tensor, "b 1 28 28"]) -> Float[Tensor, "b 1 28 28"]:

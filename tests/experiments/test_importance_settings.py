@@ -1,0 +1,100 @@
+"""The settings on tiny budgets: equal FLOPs, data and networks that are what they say, a grid that widens."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flopwise.experiments import importance_settings as settings
+from flopwise.experiments.importance_settings import SETTINGS, Run, SmallTransformer, train
+from flopwise.experiments.runner import Records
+
+TINY = 6e9
+
+
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "CURVE_POINTS", 1)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_a_classification_that_follows_its_seed(name: str):
+    setting = SETTINGS[name]
+    try:
+        data = setting.data()
+        models = [setting.model(seed) for seed in (0, 0, 1)]
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    generator = torch.Generator().manual_seed(0)
+    x, y, index = next(iter(settings.passes(setting, data, size=6, seed=0)))
+    assert torch.equal(y, data.train_y[index]) and len(data.test_x) == len(data.test_y) > 500
+    plain = setting.inputs(data.train_x[index], None)
+    assert plain.shape == x.shape and not torch.equal(plain, x)
+    assert torch.equal(plain, setting.inputs(data.train_x[index], None))
+    assert not torch.equal(setting.inputs(data.train_x[index], generator), plain)
+    first, same, other = (model.eval()(plain) for model in models)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert first.shape == (6, int(data.train_y.max()) + 1) and data.test_y.max() <= data.train_y.max()
+    middle = sorted(setting.rates)[len(setting.rates) // 2]
+    assert len(setting.rates) >= 3 and min(setting.rates) < middle < max(setting.rates)
+
+
+@pytest.mark.parametrize("method", settings.METHODS)
+def test_every_method_spends_the_same(method: str, tmp_path: Path):
+    record = train(Run("digit_rows", method, 0, 1e-3, TINY), tmp_path / "no.pt")
+    spent = sum(record["flops"].values())
+    assert TINY <= spent < 1.2 * TINY and not record["flops"]["other"]
+    assert 0 < record["train_loss"] < 10 and 0 < record["test_error"] < 1
+    assert record["curve"][0]["share"] < 0.2 and record["curve"][-1]["share"] == 1.0
+
+
+def test_labels_are_wrong_and_classes_rare_as_asked():
+    plain, wrong, tail = settings.fashion(), settings.fashion(noise=0.2), settings.fashion(tail=50.0)
+    assert 0.16 < (plain.train_y != wrong.train_y).float().mean() < 0.2  # one in ten is drawn right
+    assert torch.equal(plain.test_y, wrong.test_y) and torch.equal(plain.train_x, wrong.train_x)
+    counts = tail.train_y.bincount().tolist()
+    assert counts == sorted(counts, reverse=True) and counts[-1] == 20 and counts[0] > 900
+
+
+def test_padding_changes_nothing(generator: torch.Generator):
+    model = SmallTransformer(nn.Embedding(20, 64, padding_idx=0), length=9, classes=3, seed=0).eval()
+    ids = torch.randint(1, 20, (2, 9), generator=generator)
+    ids[0, 5:] = 0
+    short = SmallTransformer(nn.Embedding(20, 64, padding_idx=0), length=9, classes=3, seed=0).eval()
+    short.position.data = short.position.data[:5]
+    torch.testing.assert_close(model(ids)[0], short(ids[:1, :5])[0])
+
+
+def test_the_grid_grows_until_the_best_rate_is_inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    trained = []
+
+    def run_all(runs, train, folder, *, title):
+        trained.append([run.rate for run in runs])
+        return [{"train_loss": abs(run.rate - 0.0071)} for run in runs]
+
+    monkeypatch.setattr(settings, "run_all", run_all)
+    assert settings.tune("fashion", tmp_path).rate == 0.008
+    assert trained[-1] == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016]
+
+
+def test_uniforms_best_run_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    small = replace(SETTINGS["digit_rows"], flops=TINY)
+    monkeypatch.setitem(SETTINGS, "digit_rows", small)
+    tuned = Run("digit_rows", "uniform", 0, 1e-3, TINY, kind="tune")
+    Records(tmp_path).add(tuned, train(tuned, tmp_path / "no.pt"))
+    monkeypatch.setattr(settings, "tune", lambda name, folder: tuned)
+    monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
+    asked: list[Run] = []
+    settings.compare(["digit_rows"], tmp_path, methods=("uniform", "flopwise"), seeds=1)
+    records = Records(tmp_path)
+    assert [run.method for run in asked] == ["uniform", "flopwise"]
+    found = records.find(asked[0])
+    assert found is not None and found["kind"] == "run" and len(records.all) == 2
+
+
+def test_an_audit_of_a_setting():
+    audit = settings.audit("digit_rows", steps=4, seconds=4)
+    assert [stage.steps for stage in audit.stages] == [0, 4] and audit.batch_size == 16
+    assert settings.half_way(SETTINGS["digit_rows"]) > 1000
