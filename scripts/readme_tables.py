@@ -199,7 +199,6 @@ def large_images() -> str:
     return "\n".join(rows)
 
 
-
 def attention_digits() -> str:
     """Test errors in per cent, all methods with the same seconds of one core; means over seeds."""
     columns = {"drawn as in training": "", "5 largest (`topk`)": "topk_5", "10": "topk_10", "20": "topk_20"}
@@ -239,7 +238,6 @@ TABLES = {
     "attention-estimators": attention_estimators,
     "attention-lakes": lakes,
     "attention-large-images": large_images,
-
     "attention-digits": attention_digits,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
