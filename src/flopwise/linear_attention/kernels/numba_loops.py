@@ -35,7 +35,7 @@ from flopwise.linear_attention.kernels.numba_vectors import (
 # Reassociation and contraction make loops vectorise; not "nnan" and "ninf": nan must show.
 fast: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
 compiled = njit(nogil=True, cache=True, **fast)
-uncounted = njit(nogil=True, cache=True, _nrt=False, **fast)  # numba's own way to count no references to arrays
+uncounted = njit(nogil=True, cache=True, **(fast | {"_nrt": False}))  # numba's own way to count no references to arrays
 exactly = njit(nogil=True, cache=True, error_model="numpy")
 
 
