@@ -33,10 +33,10 @@ from flopwise.linear_attention.kernels.numba_vectors import (
 )
 
 # Reassociation and contraction make loops vectorise; not "nnan" and "ninf": nan must show.
-fast: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
-compiled = njit(nogil=True, cache=True, **fast)
-unmanaged: dict[str, Any] = {"_nrt": False}  # numba's own way to count no references to arrays
-uncounted = njit(nogil=True, cache=True, **unmanaged, **fast)
+fast = {"reassoc", "contract", "arcp", "nsz"}
+compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)
+uncounting: Any = njit  # numba's own way to count no references to arrays, which its types do not know
+uncounted = uncounting(nogil=True, cache=True, error_model="numpy", fastmath=fast, _nrt=False)
 exactly = njit(nogil=True, cache=True, error_model="numpy")
 
 
