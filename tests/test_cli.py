@@ -83,22 +83,25 @@ def test_a_missing_extra_is_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The demos that were asked for; none is run."""
+    names: list[str] = []
+    for name in ("importance", "attention", "linear", "clustered", "operators"):
+        monkeypatch.setattr(f"flopwise.cli.demo_{name}", lambda name=name: names.append(name))
+    return names
+
+
 @pytest.mark.usefixtures("without_hf")
-def test_all_demos_leave_out_what_cannot_run(monkeypatch):
-    ran = []
-    monkeypatch.setattr("flopwise.cli.demo_importance", lambda: ran.append("importance"))
-    monkeypatch.setattr("flopwise.cli.demo_clustered", lambda: ran.append("clustered"))
+def test_all_demos_leave_out_what_cannot_run(ran):
     result = run("demo")
-    assert result.exit_code == 0 and ran == ["importance"]
+    assert result.exit_code == 0 and ran == ["attention", "linear", "operators", "importance"]
     assert "Left out: `flopwise demo clustered`" in said(result) and "flopwise[hf]" in result.output
 
 
-def test_all_demos_run_if_they_can(monkeypatch):
-    ran = []
-    monkeypatch.setattr("flopwise.cli.demo_importance", lambda: ran.append("importance"))
-    monkeypatch.setattr("flopwise.cli.demo_clustered", lambda: ran.append("clustered"))
+def test_all_demos_run_if_they_can(monkeypatch, ran):
     monkeypatch.setattr("flopwise.cli._clustered_needs", lambda texts, clips: [])
-    assert run("demo").exit_code == 0 and ran == ["importance", "clustered"]
+    assert run("demo").exit_code == 0 and ran == ["attention", "linear", "clustered", "importance"]
 
 
 def test_missing_packages_are_named_with_their_commands(monkeypatch, tmp_path):

@@ -110,3 +110,18 @@ assert before == state()
 assert not {"typer", "rich", "beartype"} & set(sys.modules), "the library must not import the command line's tools"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_every_room_loads_no_extra():
+    """numpy only where torch itself loads it; how long the import takes is for scripts/release_check.py to say."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import flopwise
+import flopwise.importance_sampling, flopwise.attention_sampling, flopwise.linear_attention
+import flopwise.clustered_attention, flopwise.models, flopwise.report
+heavy = {"numba", "llvmlite", "numpy", "transformers", "tokenizers", "accelerate", "lightning", "safetensors"}
+heavy |= {"tifffile", "imagecodecs", "zarr", "PIL", "openslide", "typer", "rich", "beartype", "torch._dynamo"}
+assert not (found := heavy & (set(sys.modules) - before)), found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -37,6 +37,7 @@ app.add_typer(audit_app, name="audit")
 
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds each method is trained with; the band in the plots.")]
 Out = Annotated[Path, typer.Option(help="Folder of the records, checkpoints and the page. Run again to go on there.")]
+TRAINED_FLOPS = 2e12  # of each digit model that `demo linear --train` trains; a tenth of the shipped one's
 
 
 def _show_version(asked: bool) -> None:
@@ -57,11 +58,22 @@ def main(
 @demo_app.callback(invoke_without_command=True)
 def demo(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        demo_importance()
+        demo_attention()
+        demo_linear()
         if needs := _clustered_needs(None, None):
+            demo_operators()
             typer.echo(f"Left out: {_needs_text(needs)}")
         else:
             demo_clustered()
+        demo_importance()
+
+
+def demo_operators(out: Path = Path("report")) -> None:
+    """Clustered attention where no pretrained model is: the operator alone, against others of its kind."""
+    from flopwise.experiments.claims import tradeoff
+
+    _run(lambda: tradeoff.run(out, False), out)
+    _print_paths(out)
 
 
 @demo_app.command("importance")
@@ -141,22 +153,32 @@ def demo_clustered(
 
 @demo_app.command("attention")
 def demo_attention(
+    train: Annotated[
+        bool, typer.Option("--train", help="Train, against networks over all pixels with equal processor time.")
+    ] = False,
     seconds: Annotated[
-        float | None, typer.Option(help="Processor seconds of every run. Default: a demo of some minutes.")
+        float | None, typer.Option(help="Processor seconds of every run that --train makes. Default: some minutes.")
     ] = None,
     out: Out = Path("report"),
     full: Annotated[
-        bool, typer.Option(help="Every estimator and resolution, tuned rates, three seeds, six minutes a run: hours.")
+        bool, typer.Option(help="--train every estimator and resolution, rates tuned, three seeds: hours.")
     ] = False,
 ) -> None:
-    """Digits hidden in images of 1500 x 1500 pixels: a few patches against every pixel, with equal processor time.
+    """Digits hidden in images of 1500 x 1500 pixels: a few patches in place of every pixel.
 
     Attention over a view at an eighth of the resolution says where to look; ten patches are read, and their features
-    stand for those of all patches, without bias. Networks over all pixels, at several resolutions, have the same time.
-    The page `index.html` shows errors against time and what was looked at.
+    stand for those of all patches, without bias. The page `index.html` shows what the shipped model looked at, how
+    often it is right, and what a training step costs beside a network over all pixels. With `--train` all are trained,
+    with the same processor time, and the page shows errors against time.
 
     Ctrl-C leaves a page of what is done; the same command goes on where it stopped.
     """
+    if not (train or full or seconds is not None):
+        from flopwise.experiments.attention_demo import show
+
+        _run(lambda: show(out), out)
+        _print_paths(out)
+        return
     from flopwise.experiments import attention
     from flopwise.experiments.attention_demo import show_glimpses
 
@@ -176,6 +198,10 @@ def demo_linear(
     length: Annotated[int, typer.Option(min=1, help="Characters of the play.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Of what is painted and written.")] = 0,
     out: Out = Path("report"),
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Also train digit models with equal FLOPs, softmax and linear: some minutes."),
+    ] = False,
 ) -> None:
     """A transformer that is a recurrent network: it paints digits and writes a play, at a constant cost a token.
 
@@ -196,6 +222,10 @@ def demo_linear(
 
     _run(lambda: linear_demo.play(out, length=length, seed=seed, write=write), out)
     console.print("\n")
+    if train:
+        from flopwise.experiments import linear
+
+        _run(lambda: linear.compare(out, flops=TRAINED_FLOPS), out)
     _print_linear(console, out / "records.jsonl")
     _print_paths(out)
 

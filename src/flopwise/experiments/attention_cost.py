@@ -4,7 +4,9 @@ import ctypes
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,43 @@ from torch.nn.functional import cross_entropy
 
 from flopwise.core.timing import take_turns
 from flopwise.experiments.attention import Run, make_model
+from flopwise.experiments.runner import run_all
 from flopwise.models import GlimpseClassifier
 
 BATCH = 8  # of attention sampling; the whole image goes one by one
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step costs; two with equal fields are the same."""
+
+    method: str
+    side: int
+    kind: str = "cost"
+
+    @property
+    def name(self) -> str:
+        return f"cost-{self.method}-side{self.side}"
+
+
+def compare_steps(folder: Path, methods: Sequence[str], sides: Sequence[int]) -> None:
+    """The cost of a step by every method at every side, in `folder`/records.jsonl; what is there is not run again."""
+    for side in sides:
+        for method in methods:  # one after the other: they are timed
+            run_all([Step(method, side)], cost, folder, title=f"a step on {side} x {side} pixels")
+
+
+def cost(step: Step, checkpoint: Path, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
+    """The record of a step: processor time, and what it adds to the process' memory. `checkpoint` is not used."""
+    del checkpoint, progress
+    return {
+        "experiment": "attention",
+        "kind": "cost",
+        "method": step.method,
+        "side": step.side,
+        "milliseconds": milliseconds([step.method], step.side, rounds=3)[step.method],
+        "megabytes": added_megabytes(step.method, step.side),
+    }
 
 
 def training_step(method: str, side: int) -> tuple[Callable[[], None], int]:

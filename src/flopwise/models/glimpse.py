@@ -226,7 +226,7 @@ def feature_network(channels: int, width: int, features: int, patch_size: int, s
     layers: list[nn.Module] = []
     side, came, goes = patch_size, channels, width // 2
     while side > LAST_SIDE:
-        layers += [nn.Conv2d(came, goes, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(came, goes, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]  # max first: ReLU sees a quarter
         side, came, goes = side // 2, goes, width
     return nn.Sequential(*layers, nn.Conv2d(came, features, side), nn.Flatten(), Normalised(scale))
 

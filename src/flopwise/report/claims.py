@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flopwise.report import attention, clustered_sections, importance_sections, linear
+from flopwise.report.clustered import FRONTIER
 from flopwise.report.page import Section, bullets, cards, paragraph, table
 from flopwise.report.records import Record, where_measured, without_number
 
@@ -18,7 +19,10 @@ SHOWN: dict[str, tuple[str, Callable[[Sequence[Record]], list[Section]]]] = {
     "length": ("linear", linear.length_sections),
     "decoding": ("linear", linear.sections),
     "tradeoff": ("clustered", clustered_sections.frontier_sections),
-    "pretrained": ("clustered", clustered_sections.sections),
+    "pretrained": (
+        "clustered",
+        lambda records: clustered_sections.sections([r for r in records if r["kind"] != FRONTIER]),
+    ),
 }
 
 

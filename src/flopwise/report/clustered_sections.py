@@ -30,12 +30,16 @@ EXACT = 0  # colour; the others are given in turn
 def sections(records: Sequence[Record]) -> list[Section]:
     """Verdict, each task with its frontier, lengths, pictures, limits, method; what has no data is left out."""
     selection = select(records)
+    operators = frontier_sections(records)
+    if operators and not (selection.tasks or selection.lengths or selection.picture):
+        return [*operators, when_not()]
     found = [_verdict(records, selection)]
     found += [_task(task) for task in selection.tasks]
     if selection.lengths:
         found.append(_lengths(selection.lengths))
     if selection.picture:
         found.append(_pictures(selection.picture))
+    found += operators
     return [*found, when_not(selection.lengths), _measured(records, selection)]
 
 

@@ -1,16 +1,15 @@
 """Claim 2: attention sampling's fraction of compute and memory, from image-level labels alone."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from flopwise.experiments import attention
-from flopwise.experiments.attention_cost import added_megabytes, milliseconds
+from flopwise.experiments.attention_cost import compare_steps
 from flopwise.experiments.attention_demo import METHOD, show_glimpses
 from flopwise.experiments.claims.claim import Claim, Judgement, of_kind
-from flopwise.experiments.runner import Record, run_all
+from flopwise.experiments.runner import Record
 
 QUICK = replace(attention.QUICK, seconds=90.0, methods=(METHOD, "cnn_4"))
 FULL = attention.FULL
@@ -18,39 +17,11 @@ ALL_PIXELS = "cnn_1"
 SIDES = {False: (1504,), True: (752, 1504, 3000)}
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one training step costs; two runs with equal fields are the same run."""
-
-    method: str
-    side: int
-    kind: str = "cost"
-
-    @property
-    def name(self) -> str:
-        return f"cost-{self.method}-side{self.side}"
-
-
 def run(folder: Path, full: bool) -> None:
     plan = FULL if full else QUICK
-    for side in SIDES[full]:
-        for method in (METHOD, ALL_PIXELS):  # one after the other: they are timed
-            run_all([Run(method, side)], cost, folder, title=f"a step on {side} x {side} pixels")
+    compare_steps(folder, (METHOD, ALL_PIXELS), SIDES[full])
     attention.compare(plan, folder)
     show_glimpses(folder, side=plan.side)
-
-
-def cost(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
-    """The record of a step: processor time, and what it adds to the process' memory. `checkpoint` is not used."""
-    del checkpoint, progress
-    return {
-        "experiment": "attention",
-        "kind": "cost",
-        "method": run.method,
-        "side": run.side,
-        "milliseconds": milliseconds([run.method], run.side, rounds=3)[run.method],
-        "megabytes": added_megabytes(run.method, run.side),
-    }
 
 
 def judge(records: Sequence[Record]) -> Judgement:

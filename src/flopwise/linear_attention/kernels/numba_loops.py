@@ -4,10 +4,12 @@ A row is a text and a key head, with the query heads that read it; every loop wo
 can share them. Tensors come as `(numbers, text stride, head stride, position stride)`: flat, so that no input need be
 copied to be contiguous. Within a row the sequence is worked on in chunks; all that a chunk needs fits the first- and
 second-level cache, padded with zeros to whole vectors: width e to E, value width m to M, count positions to CHUNK.
+References to arrays are not counted within a chunk, each time a fence in memory: arrays are taken out of their tuples
+once, and functions that call several others are `uncounted`.
 `no_type_check` keeps the tests' shape checks, which wrap Python functions, away from what numba compiles.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 from numba import njit
@@ -31,7 +33,9 @@ from flopwise.linear_attention.kernels.numba_vectors import (
 )
 
 # Reassociation and contraction make loops vectorise; not "nnan" and "ninf": nan must show.
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+fast: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
+compiled = njit(nogil=True, cache=True, **fast)
+uncounted = njit(nogil=True, cache=True, _nrt=False, **fast)  # numba's own way to count no references to arrays
 exactly = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -181,11 +185,8 @@ def load(x, at, stride, count, width, factors, out):
 
 @exactly
 @no_type_check
-def load_features(x, at, stride, count, width, ones, out, use_elu):
-    """phi of a chunk's rows; what is padded has features 0."""
-    if not use_elu:
-        load(x, at, stride, count, width, ones, out)
-        return
+def load_elu(x, at, stride, count, width, out):
+    """elu + 1 of a chunk's rows; what is padded has features 0."""
     whole = width - width % LANES
     for i in range(count):
         for e in range(0, whole, LANES):
@@ -197,6 +198,16 @@ def load_features(x, at, stride, count, width, ones, out, use_elu):
     for i in range(count, len(out)):
         for e in range(out.shape[1]):
             out[i, e] = 0
+
+
+@uncounted
+@no_type_check
+def load_features(x, at, stride, count, width, ones, out, use_elu):
+    """phi of a chunk's rows."""
+    if use_elu:
+        load_elu(x, at, stride, count, width, out)
+    else:
+        load(x, at, stride, count, width, ones, out)
 
 
 @compiled
@@ -326,26 +337,24 @@ def invert(x):
         x[0, i] = np.float32(0) if x[0, i] == 0 else np.float32(1) / x[0, i]
 
 
-@compiled
+@uncounted
 @no_type_check
-def write_output(product, total, out, denominator, text, head, first, count, value_width):
+def write_output(product, total, out, at, stride, denominator, denominator_at, count, value_width):
     """Numerators over denominators of a chunk into the output, and the denominators."""
-    at = place(denominator, text, head, first)
     for i in range(count):
-        denominator[0][at + i] = total[0, i]
+        denominator[denominator_at + i] = total[0, i]
     invert(total)
-    store(product, total, out[0], place(out, text, head, first), out[3], count, value_width)
+    store(product, total, out, at, stride, count, value_width)
 
 
-@compiled
+@uncounted
 @no_type_check
-def read_gradient(grad, denominator, text, head, first, count, value_width, g, inverse):
+def read_gradient(grad, at, stride, denominator, denominator_at, count, value_width, g, inverse):
     """g = grad / denominator, of a chunk."""
-    at = place(denominator, text, head, first)
     for i in range(CHUNK):
-        inverse[0, i] = denominator[0][at + i] if i < count else np.float32(0)
+        inverse[0, i] = denominator[denominator_at + i] if i < count else np.float32(0)
     invert(inverse)
-    load(grad[0], place(grad, text, head, first), grad[3], count, value_width, inverse, g)
+    load(grad, at, stride, count, value_width, inverse, g)
 
 
 @compiled
@@ -374,6 +383,7 @@ def causal_forward(
 ):  # fmt: skip
     """`kernels.torch.forward` of causal attention: out_i = past (q k^T) v + q S, and S takes in the chunk."""
     _, groups, width, value_width = memory.shape
+    keys, values, queries, outputs, denominators = key[0], value[0], query[0], out[0], denominator[0]
     E, M, decays = padded(width), padded(value_width), len(decay) > 0
     q, k, v, k_t = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M), matrix(E, CHUNK)
     q_scaled, k_scaled = (matrix(CHUNK, E), matrix(CHUNK, E)) if decays else (q, k)
@@ -391,13 +401,13 @@ def causal_forward(
             powers_of(decay[text, group], powers, past)
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
+            load_features(keys, place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(values, place(value, text, group, first), value[3], count, value_width, ones, v)
             transpose(k, k_t)
             fetch(queue, key, place(key, text, group, first + CHUNK), width)
             fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
             for head in heads_of(group, query):
-                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                load_features(queries, place(query, text, head, first), query[3], count, width, ones, q, use_elu)
                 fetch(queue, query, place(query, text, head, first + CHUNK), width)
                 fetch(queue, out, place(out, text, head, first + CHUNK), value_width)
                 add_product(attention, q, k_t, False, queue)
@@ -410,7 +420,8 @@ def causal_forward(
                 dot_rows(attention, ones, 0, within_chunk)
                 for i in range(CHUNK):
                     total[0, i] += within_chunk[0, i]
-                write_output(product, total, out, denominator, text, head, first, count, value_width)
+                at, of_denominator = place(out, text, head, first), place(denominator, text, head, first)
+                write_output(product, total, outputs, at, out[3], denominators, of_denominator, count, value_width)
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
                 shrink(S, powers[0, count])
@@ -433,6 +444,9 @@ def causal_backward(
     g' = [g, share]: `g` is grad_out / d and `share`, -(g . y), stands for the denominator's column of ones.
     """
     _, groups, width, value_width = memory.shape
+    keys, values, queries, outputs = key[0], value[0], query[0], out[0]
+    grad_queries, grad_keys, grad_values = grad_query[0], grad_key[0], grad_value[0]
+    denominators, grad_outs = denominator[0], grad_out[0]
     E, M, decays = padded(width), padded(value_width), len(decay) > 0
     q, k, k_t = matrix(CHUNK, E), matrix(CHUNK, E), matrix(E, CHUNK)
     g, v, v_t, y = matrix(CHUNK, M), matrix(CHUNK, M), matrix(M, CHUNK), matrix(CHUNK, M)
@@ -460,8 +474,8 @@ def causal_backward(
         z[0, :width] = normaliser[text, group]
         for first in range(begin, end, CHUNK):
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
+            load_features(keys, place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(values, place(value, text, group, first), value[3], count, value_width, ones, v)
             transpose(v, v_t)
             fetch(queue, key, place(key, text, group, first + CHUNK), width)
             fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
@@ -471,8 +485,9 @@ def causal_backward(
                 fetch(queue, query, place(query, text, head, first + CHUNK), width)
                 fetch(queue, grad_query, place(grad_query, text, head, first + CHUNK), width)
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, ones, y)
+                at, of_denominator = place(grad_out, text, head, first), place(denominator, text, head, first)
+                read_gradient(grad_outs, at, grad_out[3], denominators, of_denominator, count, value_width, g, inverse)
+                load(outputs, place(out, text, head, first), out[3], count, value_width, ones, y)
                 dot_rows(g, y, M, total)
                 for i in range(CHUNK):
                     share[i] = -total[0, i]
@@ -489,9 +504,9 @@ def causal_backward(
                 add_outer(total[0], z, grad_e)
                 add_product_past(grad_e, grad_attention, k, queue)
                 if use_elu:
-                    load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                    load_features(queries, place(query, text, head, first), query[3], count, width, ones, q, use_elu)
                     through_elu(grad_e, q)
-                store(grad_e, ones, grad_query[0], place(grad_query, text, head, first), width, count, width)
+                store(grad_e, ones, grad_queries, place(grad_query, text, head, first), width, count, width)
             if decays:
                 weigh(k, powers, count - 1, -1, count, k_scaled)
                 shrink(state_t, powers[0, count])
@@ -504,8 +519,8 @@ def causal_backward(
         for chunk in range((end - begin - 1) // CHUNK, -1, -1):
             first = begin + chunk * CHUNK
             count = min(CHUNK, end - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
+            load_features(keys, place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(values, place(value, text, group, first), value[3], count, value_width, ones, v)
             transpose(k, k_t)
             transpose(v, v_t)
             if decays:
@@ -528,8 +543,9 @@ def causal_backward(
                 shrink(z, powers[0, count])
             for head in heads_of(group, query):
                 share = shares[head % len(shares), first - begin : first - begin + CHUNK]
-                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
+                load_features(queries, place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                at, of_denominator = place(grad_out, text, head, first), place(denominator, text, head, first)
+                read_gradient(grad_outs, at, grad_out[3], denominators, of_denominator, count, value_width, g, inverse)
                 add_product(attention, q, k_t, False, queue)
                 multiply(attention, past)
                 add_product(grad_attention, g, v_t, False, queue)
@@ -547,8 +563,8 @@ def causal_backward(
             add_outer(weights, r, grad_e)
             if use_elu:
                 through_elu(grad_e, k)
-            store(grad_e, ones, grad_key[0], place(grad_key, text, group, first), width, count, width)
-            store(grad_m, ones, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
+            store(grad_e, ones, grad_keys, place(grad_key, text, group, first), width, count, width)
+            store(grad_m, ones, grad_values, place(grad_value, text, group, first), value_width, count, value_width)
         store_state(state, grad_memory, text, group)
         grad_normaliser[text, group] = z[0, :width]
 
@@ -561,6 +577,7 @@ def full_forward(
 ):  # fmt: skip
     """`kernels.torch.forward` of attention to all keys: S first, then q S."""
     _, groups, width, value_width = memory.shape
+    keys, values, queries, outputs, denominators = key[0], value[0], query[0], out[0], denominator[0]
     E, M = padded(width), padded(value_width)
     q, k, v = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M)
     product, S, z, total = matrix(CHUNK, M), matrix(E, M), matrix(1, E), matrix(1, CHUNK)
@@ -572,8 +589,8 @@ def full_forward(
         z[0, :width] = normaliser[text, group]
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
+            load_features(keys, place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(values, place(value, text, group, first), value[3], count, value_width, ones, v)
             fetch(queue, key, place(key, text, group, first + CHUNK), width)
             fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
             add_transposed_product(S, k, v, True, queue)
@@ -581,12 +598,13 @@ def full_forward(
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                load_features(queries, place(query, text, head, first), query[3], count, width, ones, q, use_elu)
                 fetch(queue, query, place(query, text, head, first + CHUNK), width)
                 fetch(queue, out, place(out, text, head, first + CHUNK), value_width)
                 add_product(product, q, S, False, queue)
                 dot_rows(q, z, 0, total)
-                write_output(product, total, out, denominator, text, head, first, count, value_width)
+                at, of_denominator = place(out, text, head, first), place(denominator, text, head, first)
+                write_output(product, total, outputs, at, out[3], denominators, of_denominator, count, value_width)
         store_state(S, last_memory, text, group)
         last_normaliser[text, group] = z[0, :width]
 
@@ -600,6 +618,9 @@ def full_backward(
 ):  # fmt: skip
     """`kernels.torch.backward` of attention to all keys: over the queries, which give R, then over the keys."""
     _, groups, width, value_width = memory.shape
+    keys, values, queries, outputs = key[0], value[0], query[0], out[0]
+    grad_queries, grad_keys, grad_values = grad_query[0], grad_key[0], grad_value[0]
+    denominators, grad_outs = denominator[0], grad_out[0]
     E, M = padded(width), padded(value_width)
     q, k, g, v, y = matrix(CHUNK, E), matrix(CHUNK, E), matrix(CHUNK, M), matrix(CHUNK, M), matrix(CHUNK, M)
     grad_e, grad_m = matrix(CHUNK, E), matrix(CHUNK, M)
@@ -617,9 +638,10 @@ def full_backward(
         for head in heads_of(group, query):
             for first in range(bounds[text, 0], bounds[text, 1], CHUNK):
                 count = min(CHUNK, bounds[text, 1] - first)
-                load_features(query[0], place(query, text, head, first), query[3], count, width, ones, q, use_elu)
-                read_gradient(grad_out, denominator, text, head, first, count, value_width, g, inverse)
-                load(out[0], place(out, text, head, first), out[3], count, value_width, ones, y)
+                load_features(queries, place(query, text, head, first), query[3], count, width, ones, q, use_elu)
+                at, of_denominator = place(grad_out, text, head, first), place(denominator, text, head, first)
+                read_gradient(grad_outs, at, grad_out[3], denominators, of_denominator, count, value_width, g, inverse)
+                load(outputs, place(out, text, head, first), out[3], count, value_width, ones, y)
                 dot_rows(g, y, M, total)
                 shrink(total, np.float32(-1))  # the share of the denominator
                 fetch(queue, query, place(query, text, head, first + CHUNK), width)
@@ -632,12 +654,12 @@ def full_backward(
                 add_weighted_rows(total, q, r)
                 if use_elu:
                     through_elu(grad_e, q)
-                store(grad_e, ones, grad_query[0], place(grad_query, text, head, first), width, count, width)
+                store(grad_e, ones, grad_queries, place(grad_query, text, head, first), width, count, width)
         transpose(R, R_t)
         for first in range(key_bounds[text, 0], key_bounds[text, 1], CHUNK):
             count = min(CHUNK, key_bounds[text, 1] - first)
-            load_features(key[0], place(key, text, group, first), key[3], count, width, ones, k, use_elu)
-            load(value[0], place(value, text, group, first), value[3], count, value_width, ones, v)
+            load_features(keys, place(key, text, group, first), key[3], count, width, ones, k, use_elu)
+            load(values, place(value, text, group, first), value[3], count, value_width, ones, v)
             fetch(queue, key, place(key, text, group, first + CHUNK), width)
             fetch(queue, value, place(value, text, group, first + CHUNK), value_width)
             fetch(queue, grad_key, place(grad_key, text, group, first + CHUNK), width)
@@ -647,7 +669,7 @@ def full_backward(
             add_product(grad_m, k, R, False, queue)
             if use_elu:
                 through_elu(grad_e, k)
-            store(grad_e, ones, grad_key[0], place(grad_key, text, group, first), width, count, width)
-            store(grad_m, ones, grad_value[0], place(grad_value, text, group, first), value_width, count, value_width)
+            store(grad_e, ones, grad_keys, place(grad_key, text, group, first), width, count, width)
+            store(grad_m, ones, grad_values, place(grad_value, text, group, first), value_width, count, value_width)
         store_state(R, grad_memory, text, group)
         grad_normaliser[text, group] = r[0, :width]
