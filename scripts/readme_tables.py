@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any
 
 from flopwise.report import lake, read_records
@@ -47,6 +47,27 @@ def overhead() -> str:
         for name in ("upper bound", "loss")
     ]
     return "\n".join(["| CPU time of | ratio |", "|---|---|", *rows])
+
+
+def importance_settings() -> str:
+    """What the audit predicted for each setting, and what uniform sampling and ours reached; means over seeds."""
+    records = [json.loads(line) for line in (RESULTS / "importance_settings.jsonl").read_text().splitlines()]
+    head = ("setting", "R predicted", "R at the end", "on", "training loss, uniform / ours", "error %", "seeds")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for audit in (r for r in records if r["experiment"] == "audit"):
+        name = audit["run"]["setting"]
+        runs = [r for r in records if r.get("setting") == name and r.get("kind") == "run"]
+        uniform, ours = ([r for r in runs if r["method"] == method] for method in ("uniform", "flopwise"))
+        if uniform and ours:
+            end, on = fmean(r["curve"][-1]["R"] for r in ours), fmean(r["share_on"] for r in ours)
+            losses, errors = (
+                [fmean(r[k] for r in part) for part in (uniform, ours)] for k in ("train_loss", "test_error")
+            )
+            rows.append(
+                f"| {name} | {audit['R']:.2f} | {end:.2f} | {on:.0%} | {losses[0]:.3g} / {losses[1]:.3g} "
+                f"({losses[1] / losses[0]:.2f} x) | {100 * errors[0]:.2f} / {100 * errors[1]:.2f} | {len(ours)} |"
+            )
+    return "\n".join(rows)
 
 
 def newest(name: str, *keys: str) -> dict[tuple, dict[str, Any]]:
@@ -229,6 +250,7 @@ README_LINES = (
 )
 TABLES = {
     "importance": importance,
+    "importance-settings": importance_settings,
     "overhead": overhead,
     "linear-speed": linear_speed,
     "linear-decoding": partial(linear_decoding, int8=False),
