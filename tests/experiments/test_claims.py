@@ -59,6 +59,13 @@ def test_memory_that_cannot_be_measured_is_left_out():
     assert found.verdict == "reproduced" and "memory" not in found.ours
 
 
+def test_beating_a_baseline_at_chance_shows_nothing():
+    records = claim_records.attention()
+    next(r for r in records if r.get("method") == "cnn_4")["test_error"] = 0.89
+    found = CLAIMS["attention"].judge(records)
+    assert found.verdict == "in part" and "near chance" in found.why
+
+
 def test_the_rule_for_noise():
     assert difference([1.0, 1.1, 1.2], [1.3, 1.4, 1.5]) == "lower"
     assert difference([1.0, 1.5, 1.2], [1.3, 1.4, 1.1]) == "same"

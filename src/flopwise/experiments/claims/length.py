@@ -86,7 +86,7 @@ def judge(records: Sequence[Record]) -> Judgement:
 CLAIM = Claim(
     name="length",
     number=3,
-    statement="Linear attention costs time and memory that grow linearly with the length.",
+    statement="Linear attention costs time that grows linearly with the length.",
     paper="O(N) where softmax attention is O(N²) (ICML 2020)",
     baseline="torch's scaled_dot_product_attention: a fused kernel, whose memory is linear, too",
     budget=("causal, forward and backward, one thread, up to 4096 positions", "the same, up to 16,384 positions"),
