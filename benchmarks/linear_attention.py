@@ -60,7 +60,8 @@ def speed() -> Iterator[dict[str, Any]]:
                 given = noise(length)
                 timed = {name: partial(run, attention, *given) for name, attention in ways.items()}
                 limit = partial(torch.mm, square, square, out=product)
-                taken = take_turns({**timed, "matmul": limit}, ROUNDS[length])
+                # a call before each: pages that SDPA freed cost ten times as much to map again as the way's own
+                taken = take_turns({**timed, "matmul": limit}, ROUNDS[length], lead=1)
                 found = {name: 1e3 * seconds for name, seconds in taken.items()}
                 exact = run(partial(linear_attention, causal=causal, backend="torch"), *noise(length, torch.float64))
                 fastest = 2 * 1024**3 / found["matmul"]

@@ -175,14 +175,16 @@ def linear_bits() -> str:
     return "\n".join(rows)
 
 
-def attention_step() -> str:
-    """CPU time and added memory of a training step for one image."""
+def attention_step(smallest: int = 0) -> str:
+    """CPU time and added memory of a training step for one image, from `smallest` pixels a side on."""
     record = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])
     rows = [
         "| training step, one image | attention sampling | all pixels, same layers | time, memory |",
         "|---|---|---|---|",
     ]
     for side, found in record["step"].items():
+        if int(side) < smallest:
+            continue
         cells = [f"{found['ms'][name]:.3g} ms, {found['mb'][name]:.3g} MB" for name in ("murthy", "cnn_1")]
         less = f"{found['times_less_cpu']['cnn_1']:.0f} x, {found['times_less_memory']['cnn_1']:.0f} x less"
         rows.append(f"| {side} x {side} | {' | '.join(cells)} | {less} |")
@@ -256,7 +258,8 @@ TABLES = {
     "linear-decoding": partial(linear_decoding, int8=False),
     "linear-decoding-all": linear_decoding,
     "linear-bits": linear_bits,
-    "attention-step": attention_step,
+    "attention-step": partial(attention_step, 1000),
+    "attention-step-all": attention_step,
     "attention-estimators": attention_estimators,
     "attention-lakes": lakes,
     "attention-large-images": large_images,

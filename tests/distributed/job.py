@@ -170,7 +170,9 @@ def main(what: str, how: str, folder: Path, kill_at: int = -1) -> None:
     for part in what.split("+"):
         torch.save(parts[part](), folder / f"{part}_{dist.get_rank()}.pt")
     dist.barrier()
-    os._exit(0)  # all is written; gloo's threads sometimes abort a busy process that tears them down ("terminate called")
+    os._exit(
+        0
+    )  # all is written; gloo's threads sometimes abort a busy process that tears them down ("terminate called")
 
 
 if __name__ == "__main__":
