@@ -6,7 +6,6 @@ Appends one record to benchmarks/results/importance_sampling.jsonl, from which t
 """
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ import torch
 
 from flopwise import ImportanceSampler, Ledger
 from flopwise.core.batch import Examples
+from flopwise.core.timing import cpu_seconds
 from flopwise.experiments.fashion_mnist import Augmented, Images, load
 from flopwise.experiments.importance import loss_per_example, small_cnn
 from flopwise.experiments.runner import provenance
@@ -41,12 +41,7 @@ def ratio_of(one: Callable[[], None], other: Callable[[], None]) -> float:
     """Median over rounds of the CPU time of `one` over that of `other`, alternating."""
     ratios = []
     for _ in range(ROUNDS):
-        times = []
-        for work in (one, other):
-            start = time.process_time()
-            work()
-            times.append(time.process_time() - start)
-        ratios.append(times[0] / times[1])
+        ratios.append(cpu_seconds(one) / cpu_seconds(other))
     return median(ratios)
 
 

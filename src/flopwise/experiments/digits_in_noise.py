@@ -6,7 +6,6 @@ glyphs and their places; `read` draws the pixels that are asked for, and the low
 
 from collections.abc import Iterator
 from functools import lru_cache
-from hashlib import blake2b
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from flopwise.attention_sampling.images import Level
 from flopwise.experiments.digits import read
+from flopwise.experiments.passes import hashed_generator
 
 GLYPH = 28  # pixels, the side of a digit or a stroke
 CELL = 50  # glyphs lie in different cells of a grid of this many pixels, somewhere: they do not overlap
@@ -71,7 +71,7 @@ class DigitsInNoise:
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "b 1 h w"], list[DigitImage], Int[Tensor, " b"]]]:
         while True:
-            generator = self._generator()
+            generator = hashed_generator(self.seed, self.batch)
             self.batch += 1
             yield self._make(generator)
 
@@ -80,11 +80,6 @@ class DigitsInNoise:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.batch = state["batch"]
-
-    def _generator(self) -> torch.Generator:
-        """Hashed, since torch's CPU generator looks at 32 bits of a seed only."""
-        digest = blake2b(f"{self.seed} {self.batch}".encode(), digest_size=4).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
 
     def _make(self, generator: torch.Generator) -> tuple[Tensor, list[DigitImage], Tensor]:
         b, glyphs = self.size, DIGITS + STROKES

@@ -11,7 +11,6 @@ import json
 import math
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +28,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, pad
 
 from flopwise.core import Budget, Ledger
 from flopwise.experiments import digits, fashion_mnist, lake
+from flopwise.experiments.attention import CpuLedger
 from flopwise.experiments.audit import Audit, audit_importance
 from flopwise.experiments.baselines import (
     Baseline,
@@ -196,17 +196,20 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
     setting = SETTINGS[run.setting]
     data, model = setting.data(), setting.model(run.seed)
     optimizer = torch.optim.Adam(model.parameters(), run.rate)
-    budget, ledger = Budget(flops=run.flops), Ledger()
+    budget, ledger = Budget(flops=run.flops), CpuLedger()
     method = make_method(run, model, len(data.train_y), lambda: budget.share(ledger))
     batches = method.batches(passes(setting, data, size=RATIO * setting.batch_size, seed=run.seed))
     curve: list[dict[str, Any]] = []
-    paused, started = 0.0, time.process_time()
 
     def point(limit: int) -> None:
-        seconds = time.process_time() - started - paused
         train_loss, test_error = evaluate(model, setting, data, limit=limit)
         curve.append(
-            {"share": budget.share(ledger), "seconds": seconds, "train_loss": train_loss, "test_error": test_error}
+            {
+                "share": budget.share(ledger),
+                "seconds": ledger.seconds,
+                "train_loss": train_loss,
+                "test_error": test_error,
+            }
         )
         if isinstance(method, ImportanceSampler):
             metrics = method.metrics()
@@ -225,9 +228,7 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
             progress(share)
             if share * CURVE_POINTS >= len(curve):
                 with ledger.paused():
-                    stopped = time.process_time()
                     point(CURVE_EXAMPLES)
-                    paused += time.process_time() - stopped
     point(END_EXAMPLES)
     return {
         "experiment": "importance_settings",

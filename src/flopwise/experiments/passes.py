@@ -32,9 +32,9 @@ class ShuffledPasses:
         while True:
             this_pass, place = divmod(self.batch, self.count // self.size)
             if self._order is None or self._order[0] != this_pass:
-                self._order = this_pass, torch.randperm(self.count, generator=self._generator(0, this_pass))
+                self._order = this_pass, torch.randperm(self.count, generator=hashed_generator(self.seed, 0, this_pass))
             index = self._order[1][place * self.size : (place + 1) * self.size]
-            generator = self._generator(1, self.batch)
+            generator = hashed_generator(self.seed, 1, self.batch)
             self.batch += 1
             yield self.make(index, generator)
 
@@ -44,7 +44,8 @@ class ShuffledPasses:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.batch = state["batch"]
 
-    def _generator(self, use: int, number: int) -> torch.Generator:
-        """One for each seed, use and number: hashed, since torch's CPU generator looks at 32 bits of a seed only."""
-        digest = blake2b(f"{self.seed} {use} {number}".encode(), digest_size=4).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
+
+def hashed_generator(*numbers: int) -> torch.Generator:
+    """One for each list of numbers (seed, batch, ...): hashed, since torch's CPU generator looks at 32 bits."""
+    digest = blake2b(" ".join(map(str, numbers)).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))

@@ -335,7 +335,7 @@ class ImportanceSampler:
         self._gate.load_state_dict(state["gate"])
         self._generator.set_state(state["generator"])
         self._costs.load_state_dict(state["costs"])
-        self._common_cost = state.get("common_cost")  # absent from states of 0.1
+        self._common_cost = state["common_cost"]
         self._scores = [state["scores"]] if len(state["scores"]) else []
         self._unlearned = state["unlearned"]
         self._last, self._largest_weight = dict(state["last"]), state["largest_weight"]

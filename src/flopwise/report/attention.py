@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from flopwise.report.charts import Axis, Series, line_chart
 from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
 from flopwise.report.pictures import heat_map, mosaic
-from flopwise.report.records import Record, finite, where_measured, without_number
+from flopwise.report.records import Record, by_method_of, finite, of_no_kind, where_measured, without_number
 from flopwise.report.words import flops_text, mean_std, number, percent, plural
 
 NEEDS = {
@@ -32,11 +32,9 @@ COLUMNS = ["method", "test error, %", "top-k at test time, %", "seeds", "rate", 
 
 def problem(record: Record) -> str | None:
     """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
-    kind = record.get("kind")
-    if kind not in NEEDS:
-        return f"one with kind {kind!r}, not one of {', '.join(NEEDS)}"
-    if not isinstance(record.get("machine"), dict):
-        return "one without machine (an object)"
+    if wrong := of_no_kind(record, list(NEEDS)):
+        return wrong
+    kind = record["kind"]
     if kind in ("run", "tune") and not isinstance(record.get("method"), str):
         return "one without method"
     if kind == "run" and not isinstance(record.get("curve"), list):
@@ -46,11 +44,7 @@ def problem(record: Record) -> str | None:
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The runs of every method, in the order of `NAMES`; only those with the budget and image size of the last."""
-    runs: dict[str, list[Record]] = {}
-    ended = [r for r in records if r.get("experiment") == "attention" and r["kind"] == "run"]
-    for record in ended:
-        if all(record.get(name) == ended[-1].get(name) for name in ("budget", "data")):
-            runs.setdefault(record["method"], []).append(record)
+    runs = by_method_of(records, "attention")
     return {method: runs[method] for method in [*NAMES, *runs] if method in runs}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flopwise.report.records import Record, finite, without_number
+from flopwise.report.records import Record, finite, of_no_kind, without_number
 from flopwise.report.words import number, percent, plural, times
 
 FASTER = 0.97  # more of the exact time than this is not called faster: it may be noise
@@ -27,11 +27,9 @@ GOAL_SPEEDS = {4096: 2.7, 8192: 4.2}  # tokens -> times faster, end to end
 
 def problem(record: Record) -> str | None:
     """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
-    kind = record.get("kind")
-    if kind not in (*NEEDS, FRONTIER):
-        return f"one with kind {kind!r}, not one of {', '.join((*NEEDS, FRONTIER))}"
-    if not isinstance(record.get("machine"), dict):
-        return "one without machine (an object)"
+    if wrong := of_no_kind(record, (*NEEDS, FRONTIER)):
+        return wrong
+    kind = record["kind"]
     if kind == FRONTIER:
         return None if isinstance(record.get("methods"), list) else "one without methods (a list)"
     if kind == "picture" and not isinstance(record.get("pictures"), list):

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 
 from flopwise.report.attention import NAMES
 from flopwise.report.page import Section, paragraph, table
-from flopwise.report.records import Record, finite, where_measured, without_number
+from flopwise.report.records import Record, by_method_of, finite, of_no_kind, where_measured, without_number
 from flopwise.report.words import flops_text, mean_std, number, percent, plural
 
 NEEDS = {"run": ("seed", "seconds", "examples", "test_error", "rate", "flops"), "tune": ("rate",), "looked": ()}
@@ -17,11 +17,9 @@ COLUMNS = ["method", "test error, %", "by seed", "64 patches at test time, %", "
 
 def problem(record: Record) -> str | None:
     """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
-    kind = record.get("kind")
-    if kind not in NEEDS:
-        return f"one with kind {kind!r}, not one of {', '.join(NEEDS)}"
-    if not isinstance(record.get("machine"), dict):
-        return "one without machine (an object)"
+    if wrong := of_no_kind(record, list(NEEDS)):
+        return wrong
+    kind = record["kind"]
     if kind != "looked" and not isinstance(record.get("method"), str):
         return "one without method"
     if kind == "looked" and not isinstance(record.get("jpeg"), str):
@@ -31,11 +29,7 @@ def problem(record: Record) -> str | None:
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The runs of every method, attention sampling first, then from coarse to fine; those like the last run only."""
-    runs: dict[str, list[Record]] = {}
-    ended = [r for r in records if r.get("experiment") == "lake" and r["kind"] == "run"]
-    for record in ended:
-        if all(record.get(name) == ended[-1].get(name) for name in ("budget", "data")):
-            runs.setdefault(record["method"], []).append(record)
+    runs = by_method_of(records, "lake")
     return {method: runs[method] for method in sorted(runs, reverse=True)}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from flopwise.report.charts import Axis, Series, line_chart
 from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
 from flopwise.report.pictures import mosaic
-from flopwise.report.records import Record, where_measured, without_number
+from flopwise.report.records import Record, of_no_kind, where_measured, without_number
 from flopwise.report.words import number
 
 NEEDS = {
@@ -38,11 +38,9 @@ NAMES = {
 
 def problem(record: Record) -> str | None:
     """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
-    kind = record.get("kind")
-    if kind not in NEEDS:
-        return f"one with kind {kind!r}, not one of {', '.join(NEEDS)}"
-    if not isinstance(record.get("machine"), dict):
-        return "one without machine (an object)"
+    if wrong := of_no_kind(record, list(NEEDS)):
+        return wrong
+    kind = record["kind"]
     for name in LISTS[kind]:
         if not isinstance(record.get(name), list):
             return f"one without {name} (a list)"

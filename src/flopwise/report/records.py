@@ -24,6 +24,23 @@ def without_number(record: Record, paths: Sequence[str]) -> str | None:
     return None
 
 
+def of_no_kind(record: Record, kinds: Sequence[str]) -> str | None:
+    """What is wrong with a record that is of none of `kinds` or names no machine, in words as `without_number`'s."""
+    if record.get("kind") not in kinds:
+        return f"one with kind {record.get('kind')!r}, not one of {', '.join(kinds)}"
+    return None if isinstance(record.get("machine"), dict) else "one without machine (an object)"
+
+
+def by_method_of(records: Sequence[Record], experiment: str) -> dict[str, list[Record]]:
+    """The runs of every method; only those with the budget and data of the last one."""
+    runs: dict[str, list[Record]] = {}
+    ended = [r for r in records if r.get("experiment") == experiment and r["kind"] == "run"]
+    for record in ended:
+        if all(record.get(name) == ended[-1].get(name) for name in ("budget", "data")):
+            runs.setdefault(record["method"], []).append(record)
+    return runs
+
+
 def where_measured(records: Sequence[Record]) -> dict[str, str]:
     """Processor, versions, commit and dates."""
 
