@@ -224,6 +224,27 @@ def test_without_gradients_the_network_sees_few_patches_at_once(monkeypatch: pyt
     torch.testing.assert_close(pieces.features, whole.features.detach())
 
 
+def test_the_attention_network_sees_few_views_at_once(monkeypatch: pytest.MonkeyPatch):
+    low, high = (torch.stack(x) for x in images(*[(7, 9)] * 5))
+    module, calls = randomised(look(n_patches=5)), []
+    attention = module.attention
+    attention.register_forward_pre_hook(lambda _, views: calls.append(len(views[0])))
+
+    def gradients() -> list[torch.Tensor]:
+        found = module(low, high)
+        return [found.features, found.attention, *torch.autograd.grad(found.features.sin().sum(), module.parameters())]
+
+    whole = gradients()
+    monkeypatch.setattr("flopwise.attention_sampling.module.VIEW_PIXELS_AT_ONCE", 2 * 7 * 9 + 5)
+    pieces = gradients()
+    assert calls == [5, 2, 2, 1]
+    for piece, all_at_once in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(piece, all_at_once)
+    module.attention = nn.Sequential(nn.BatchNorm2d(1), attention)
+    module.train()(low, high)
+    assert calls[4:] == [5]  # batch statistics are of the whole batch
+
+
 def test_another_seed_is_another_draw_and_the_same_is_the_same():
     low, high = (torch.stack(x) for x in images((9, 9), (9, 9)))
     module = look()
