@@ -1,6 +1,7 @@
 """The glimpse classifier: saved and loaded to the bit, and what it predicts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from flopwise.attention_sampling import entropy_loss, open_image
+from flopwise.attention_sampling import ReceptiveField, entropy_loss, open_image
+from flopwise.attention_sampling.patches import receptive_field_of
 from flopwise.models import GlimpseClassifier, GlimpseConfig
+from flopwise.models.glimpse import attention_network
 
 CONFIG = GlimpseConfig(classes=("cat", "dog", "hen"), channels=3, patch_size=16, n_patches=4, reduction=4, features=12)
 
@@ -18,14 +21,17 @@ def image(height: int = 96, width: int = 128, seed: int = 0) -> torch.Tensor:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_training_step_reaches_every_parameter():
-    model = GlimpseClassifier(CONFIG)
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_training_step_reaches_every_parameter(window: int | None):
+    model = GlimpseClassifier(replace(CONFIG, attention_window=window))
     torch.nn.init.ones_(model.look.attention.get_parameter("4.weight"))  # it begins with zeros: attention is the prior
     high = torch.stack([image(seed=s) for s in range(3)])
     logits, glimpse = model(model.low_views(high), high)
     assert logits.shape == (3, 3) and glimpse.patches.shape == (3, 4, 3, 16, 16)
     (cross_entropy(logits, torch.tensor([0, 1, 2])) + entropy_loss(glimpse.entropy, floor=3.0)).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    constant = "look.attention.4.bias"  # a constant in all logits changes nothing, but for rounding
+    assert reached | {constant} == {name for name, _ in model.named_parameters()}
 
 
 def test_equal_configurations_start_equal():
@@ -44,6 +50,15 @@ def test_saved_and_loaded_it_is_the_same_model(tmp_path: Path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_window_is_judged_by_itself():
+    network = attention_network(2, 4, window=6)
+    low = torch.rand(1, 2, 13, 16, generator=torch.Generator().manual_seed(0))
+    logits = network(low)
+    assert logits.shape == (1, 1, 4, 6)
+    torch.testing.assert_close(network(low[:, :, 4:10, 6:12])[0, 0, 0, 0], logits[0, 0, 2, 3])
+    assert receptive_field_of(network) == ReceptiveField(stride=(2, 2), size=(6, 6))
 
 
 def test_what_is_no_model_is_explained(tmp_path: Path):

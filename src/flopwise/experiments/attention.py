@@ -31,7 +31,7 @@ TEST_SEED = 1_000_000
 CURVE_POINTS, CURVE_IMAGES = 10, 500
 CHECKPOINT_SECONDS = 15.0
 ATTENTION_WAITS = 0.07  # share of the budget in which attention stays the prior; it learns at full rate from twice that
-ATTENTION_RATE = 3.0  # times the other networks' learning rate: its gradient is small and its network smaller
+ATTENTION_RATE = 6.0  # times the other networks' learning rate: its gradient is small and its network smaller
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,8 @@ def make_model(run: Run) -> GlimpseClassifier | WholeImage:
         prior="brightness",
         prior_strength=3.0,
         smoothing=0.02,
+        attention_width=32,
+        attention_window=6,  # 48 pixels: a glyph of 28, wherever it lies between positions 16 apart
         estimator=run.method if run.method in ESTIMATORS else "murthy",  # type: ignore[arg-type]
         seed=run.seed,
     )

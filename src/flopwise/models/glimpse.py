@@ -33,6 +33,8 @@ class GlimpseConfig:
         estimator, prior, prior_strength, smoothing, seed: see `AttentionSampling`; a prior is saved by its name. The
             seed also gives the initial weights.
         attention_width, feature_width: channels of the two networks' hidden layers.
+        attention_window: side of the windows of the low-resolution view that attention judges one by one, best a little
+            larger than what is looked for; None is three convolutions of 3 x 3.
         features: D.
         scale: the L2 norm of a patch's features.
     """
@@ -47,6 +49,7 @@ class GlimpseConfig:
     prior_strength: float = 1.0
     smoothing: float = 0.05
     attention_width: int = 8
+    attention_window: int | None = None
     feature_width: int = 32
     features: int = 64
     scale: float = 8.0
@@ -110,7 +113,7 @@ class GlimpseClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.look = AttentionSampling(
-            attention_network(config.channels, config.attention_width),
+            attention_network(config.channels, config.attention_width, config.attention_window),
             feature_network(config.channels, config.feature_width, config.features, config.patch_size, config.scale),
             patch_size=config.patch_size,
             n_patches=config.n_patches,
@@ -207,14 +210,26 @@ class GlimpseClassifier(nn.Module):
         return _reduced(image.read(0, 0, 0, finest.height, finest.width)[None], reduction)[0]
 
 
-def attention_network(channels: int, width: int) -> nn.Sequential:
-    """Three convolutions, every second position of the low-resolution view; bounded by tanh until the last."""
+def attention_network(channels: int, width: int, window: int | None = None) -> nn.Sequential:
+    """Logits for every second position of the low-resolution view, both ways.
+
+    Three convolutions, bounded by tanh until the last; or, with a window, one network of three layers on each of them:
+    the first layer sees all of the window at once, which learns to tell things apart from far fewer images.
+    """
+    if window is None:
+        return nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride=2),
+            nn.Tanh(),
+            nn.Conv2d(width, width, 3),
+            nn.Tanh(),
+            nn.Conv2d(width, 1, 3),
+        )
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3, stride=2),
-        nn.Tanh(),
-        nn.Conv2d(width, width, 3),
-        nn.Tanh(),
-        nn.Conv2d(width, 1, 3),
+        nn.Conv2d(channels, width, window, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(width, width // 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(width // 2, 1, 1),
     )
 
 
