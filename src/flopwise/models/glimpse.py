@@ -226,9 +226,9 @@ def attention_network(channels: int, width: int, window: int | None = None) -> n
         )
     return nn.Sequential(
         nn.Conv2d(channels, width, window, stride=2),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),  # the hidden layers are most of the memory
         nn.Conv2d(width, width // 2, 1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         nn.Conv2d(width // 2, 1, 1),
     )
 
