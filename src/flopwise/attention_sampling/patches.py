@@ -96,10 +96,11 @@ def gather_patches(
     height, width = images.shape[2:]
     rows = corners[:, :, :1] + torch.arange(size[0], device=corners.device)
     columns = corners[:, :, 1:] + torch.arange(size[1], device=corners.device)
-    inside = ((rows >= 0) & (rows < height))[:, :, :, None] & ((columns >= 0) & (columns < width))[:, :, None]
+    inside_y = ((rows >= 0) & (rows < height)).to(images.dtype)  # two factors: faster than one mask of every pixel
+    inside_x = ((columns >= 0) & (columns < width)).to(images.dtype)
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     found = images[of[:, None, None, None], :, rows[:, :, :, None], columns[:, :, None]]
-    return (found * inside[..., None]).movedim(-1, 2)
+    return (found * inside_y[:, :, :, None, None] * inside_x[:, :, None, :, None]).movedim(-1, 2)
 
 
 def as_float(pixels: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
