@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, mean, stdev
 from typing import Any
 
-from flopwise.report import lake, read_records
+from flopwise.report import claims, lake, read_records
 from flopwise.report.attention import NAMES, by_method
 from flopwise.report.importance import markdown_table
 from flopwise.report.words import mean_std
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
+    "docs/claims.md",
     "docs/importance_sampling.md",
     "docs/attention_sampling.md",
     "docs/linear_attention.md",
@@ -30,6 +31,16 @@ PAGES = (
     "src/flopwise/clustered_attention/README.md",
 )
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def verdicts() -> str:
+    """What came of the thesis' claims in `flopwise reproduce`."""
+    records = claims.newest(read_records(RESULTS / "claims.jsonl"))
+    rows = ["| claim | published | here | verdict |", "|---|---|---|---|"]
+    rows += [
+        f"| {r['number']}. `{r['claim']}` | {r['paper']} | {r['ours']} | **{r['verdict']}**: {r['why']} |" for r in records
+    ]
+    return "\n".join([f"{claims.summary(records)}.", "", *rows])
 
 
 def importance() -> str:
@@ -251,6 +262,7 @@ README_LINES = (
     "BERT, 6 layers, 12 heads x 32 8192 32 / 32",
 )
 TABLES = {
+    "claims": verdicts,
     "importance": importance,
     "importance-settings": importance_settings,
     "overhead": overhead,

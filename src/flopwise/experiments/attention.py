@@ -28,7 +28,8 @@ ESTIMATORS = tuple(name for name in get_args(Estimator) if name != "topk")
 WHOLE = {"cnn_1": 1, "cnn_2": 2, "cnn_4": 4, "cnn_8": 8}  # the whole image, each side reduced so much
 TEST_IMAGES = 2000
 TEST_SEED = 1_000_000
-CURVE_POINTS, CURVE_IMAGES = 10, 500
+CURVE_POINTS = 10
+CURVE_IMAGES = {True: 500, False: 100}  # for attention sampling, and for networks on whole images, which take long
 CHECKPOINT_SECONDS = 15.0
 ATTENTION_WAITS = 0.07  # share of the budget in which attention stays the prior; it learns at full rate from twice that
 ENTROPY_BONUS = 1e-2  # without it, attention may settle on the boldest digit while the features are young
@@ -312,7 +313,7 @@ def point(model: nn.Module, ledger: Ledger, share: float, record: dict[str, Any]
         "examples": ledger.examples,
         "flops": ledger.flops,
         "train_loss": record["train_loss"],
-        "test_error": test.error(model, limit=CURVE_IMAGES),
+        "test_error": test.error(model, limit=CURVE_IMAGES[isinstance(model, GlimpseClassifier)]),
     }
     if isinstance(model, GlimpseClassifier) and model.look.beta is not None:
         found["beta"] = float(model.look.beta.detach())

@@ -64,16 +64,3 @@ def draw_without_replacement(
             drawn.append((i, draws / (n * pi[i])))
             mark += 1.0
     return drawn
-
-
-def step_gradient(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss, drawn: list[tuple[int, float]]
-) -> list[Tensor]:
-    """The gradient of mean(weight * loss) over the drawn examples."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p) for p in parameters]
-    for i, weight in drawn:
-        gradients = torch.autograd.grad(loss(model(inputs[i : i + 1]), targets[i : i + 1]).sum(), parameters)
-        for t, g in zip(total, gradients, strict=True):
-            t += weight / len(drawn) * g
-    return total
