@@ -60,13 +60,13 @@ def frontier_sections(records: Sequence[Record]) -> list[Section]:
         title = f"On {inputs} inputs, {record['length']} positions"
         figures.append(scatter(title, clouds, x=x, y=y, line=[(a, -b) for a, b in best]))
     first, *others = newest.values()
-    body = paragraph(" ".join(_best_operators(record) for record in newest.values()), "lead")
+    body = "".join(paragraph(_best_operators(record), "lead") for record in newest.values())
     body += paragraph(
         "Attention alone, without a model: its output's distance from softmax attention, relative to its length (L2). "
         "In the plots higher up is closer to softmax, further left is faster, and the line joins what nothing beats in "
         "both. C is the number of clusters; top-k, the keys to which every query attends exactly. Structured inputs "
-        "have 60 planted centres, a smooth path and a little noise, as the queries of trained models do; in white noise no "
-        "query is like another."
+        "have 60 planted centres, a smooth path and a little noise, as the queries of trained models do; in white "
+        "noise no query is like another."
     )
     errors = [{m["method"]: m["error"] for m in record["methods"]} for record in others]
     lines = [
@@ -99,10 +99,8 @@ def _best_operators(record: Record) -> str:
         faster = [m for m in record["methods"] if _is_clustered(m) == ours and m["speedup"] > 1]
         if faster:
             best = min(faster, key=lambda m: m["error"])
-            said = (
-                f"{number(best['error'])} ({best['method'].removeprefix('clustered, ')}, {number(best['speedup'])} ×)"
-            )
-            parts.append(f"{name} {said}")
+            setting = f"{best['method'].removeprefix('clustered, ')}, {number(best['speedup'])} × softmax' speed"
+            parts.append(f"{name} {number(best['error'])} ({setting})")
     if not parts:
         return f"{start} nothing is faster than softmax."
     return f"{start}, the smallest relative error of what is faster than softmax: {', '.join(parts)}."
