@@ -1,11 +1,16 @@
 """What users can import, so that nothing is added or lost unnoticed."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import flopwise
 from flopwise import attention_sampling, clustered_attention, importance_sampling, linear_attention, models, report
 from flopwise.experiments import baselines
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 PUBLIC = {
     flopwise: {"Budget", "ImportanceSampler", "Ledger", "endless"},
@@ -96,6 +101,34 @@ def test_exactly_these_names_are_exported_and_documented():
         }
         assert names == expected
         assert all(vars(module)[name].__doc__ for name in names)
+
+
+def _in_reference() -> list[str]:
+    return re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+
+
+def test_every_public_name_is_in_the_reference_once():
+    """Under any of its names: `flopwise.ImportanceSampler` is `flopwise.importance_sampling.ImportanceSampler`.
+
+    That all of them exist is for the strict build of the docs to say.
+    """
+    paths = _in_reference()
+    modules = {module.__name__: module for module in PUBLIC}
+    there = [vars(modules[m])[name] for m, _, name in (p.rpartition(".") for p in paths) if m in modules]
+    missing = [f"{m.__name__}.{n}" for m, names in PUBLIC.items() for n in sorted(names) if vars(m)[n] not in there]
+    assert not missing
+    assert len(set(there)) == len(there) and len(set(paths)) == len(paths)
+
+
+def test_what_the_guides_import_is_in_the_reference():
+    """The integrations, which need extras to be imported, are public where a guide shows them."""
+    found, ends = set(), {path.rpartition(".")[2] for path in _in_reference()}
+    for page in PAGES:
+        for imported in re.findall(r"^from flopwise\S* import (.+)$", page.read_text(), re.MULTILINE):
+            found |= {name.split(" as ")[0].strip() for name in imported.split(",")}
+        found |= set(re.findall(r"\bfw\.(\w+)", page.read_text()))
+    assert len(found) > 20
+    assert not found - ends - {"transformers", "app"}, "a module, and the command line in a hidden check"
 
 
 def test_importing_leaves_the_process_as_it_was():

@@ -16,8 +16,8 @@ def written(folder: Path, records: list[dict[str, Any]]) -> str:
     return target.read_text(encoding="utf-8")
 
 
-def headings(text: str) -> list[str]:
-    return re.findall(r"<h2>(.*?)</h2>", text)
+def headings(text: str, levels: str = "2") -> list[str]:
+    return re.findall(rf"<h[{levels}]>(.*?)</h[{levels}]>", text)
 
 
 class Balance(HTMLParser):
@@ -52,7 +52,8 @@ def check(text: str) -> Balance:
     balance.close()
     assert balance.open == [] and balance.seen.count("h1") == 1
     assert balance.seen.count("caption") == balance.seen.count("table")
-    assert all(re.match("data:image/(png|jpeg);base64,", source) for source in balance.sources)
+    assert all(re.match("data:image/(png|jpeg);base64,|#s[0-9]+$", source) for source in balance.sources)
+    assert all(f'id="{source[1:]}"' in text for source in balance.sources if source.startswith("#"))
     assert "http" not in text and "url(" not in text and "@import" not in text
     words = re.sub(r'src="data:[^"]*"', "", text)
     assert not re.search(r"\b(nan|None|inf)\b", words)

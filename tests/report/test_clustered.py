@@ -204,7 +204,8 @@ def test_every_page_is_well_formed_and_self_contained(tmp_path, records):
 
 def test_the_whole_page_has_its_sections_in_order(tmp_path):
     page = written(tmp_path, ALL)
-    assert headings(page) == [
+    assert headings(page) == ["Clustered attention kept the answers in less time"]
+    assert headings(page, "23") == [
         "Clustered attention kept the answers in less time",
         "Text: fidelity against time",
         "Speech: fidelity against time",
@@ -222,7 +223,30 @@ def test_experiments_in_one_file_follow_one_another(tmp_path):
     page = written(tmp_path, [*search(), *ALL])
     found = headings(page)
     assert found.index("Clustered attention kept the answers in less time") < found.index("Cluster 2 of 3 layers")
-    assert found.count("How it was measured") == 2
+    assert headings(page, "23").count("How it was measured") == 2
+    assert '<a href="#s0">Clustered attention kept the answers in less time</a>' in page
+
+
+def test_operators_alone_are_compared_in_one_table(tmp_path):
+    methods = [
+        {"method": "clustered, C=32, top-32", "milliseconds": 10.0, "speedup": 6.0, "error": 0.3},
+        {"method": "clustered, C=200, top-64", "milliseconds": 90.0, "speedup": 0.7, "error": 0.04},
+        {"method": "FAVOR+, 128 features", "milliseconds": 30.0, "speedup": 2.0, "error": 0.69},
+    ]
+    made = {key: value for key, value in text().items() if key in ("experiment", "machine", "commit", "time")}
+    made |= {"kind": "frontier", "length": 2048}
+    noise = [method | {"error": 0.76} for method in methods[:2]]
+    page = written(
+        tmp_path, [made | {"inputs": "structured", "methods": methods}, made | {"inputs": "noise", "methods": noise}]
+    )
+    check(page)
+    assert "clustered attention 0.300 (C=32, top-32, 6.00 × softmax" in page
+    assert "the others 0.690 (FAVOR+, 128 features, 2.00 × softmax" in page
+    assert page.count('scope="row"') == 3 and page.count('data-column="error, noise inputs">0.760<') == 2
+    assert page.count('data-column="error, noise inputs">–<') == 1
+    assert headings(page, "3") == ["When not to use clustered attention"]
+    slow = [method | {"speedup": 0.5} for method in methods]
+    assert "nothing is faster than softmax" in written(tmp_path, [made | {"inputs": "structured", "methods": slow}])
 
 
 def test_text_is_escaped(tmp_path):

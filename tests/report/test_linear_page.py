@@ -50,7 +50,7 @@ def test_the_page_shows_pictures_speed_play_and_likelihood(tmp_path):
     text = page_of(tmp_path, RECORDS)
     assert text.count('class="heat"') == 2
     assert "up to 4.00 times as fast as softmax with a cache" in text
-    assert "175 ×" in text and "200 ×" in text
+    assert "<strong>3.50 ×" in text and "<strong>4.00 ×" in text and "175 times as fast as without" in text
     assert "Is this a &lt;dagger&gt;" in text and "0.7100" in text
     assert "When not to use linear attention" in text
 

@@ -1,6 +1,7 @@
 """Attention sampling on digits hidden in megapixel images: records -> the sections of the page."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean, stdev
 
 from flopwise.report.charts import Axis, Series, line_chart
@@ -80,7 +81,8 @@ def sections(records: Sequence[Record]) -> list[Section]:
         found.append(_cost(costs))
     if looked := [r for r in records if r["kind"] == "looked"]:
         found.append(_looked(looked))
-    return [*found, _when_not(), _measured(records, runs)]
+    below = [*found[1:], _when_not(), _measured(records, runs)]
+    return [found[0], *(replace(section, level=3) for section in below)]
 
 
 def _error(runs: Sequence[Record]) -> tuple[float, float | None]:
@@ -99,7 +101,9 @@ def _verdict(runs: dict[str, list[Record]], tuned: set[str]) -> Section:
     seconds = number(runs[OURS][0]["budget"]["seconds"])
     rate = "at its own rate" if best in tuned else "at one rate, not tuned"
     title = (
-        "Reading a few patches beats reading every pixel" if ours < theirs else "Reading every pixel was better here"
+        "Attention sampling: a few patches beat every pixel"
+        if ours < theirs
+        else "Attention sampling lost: every pixel was better here"
     )
     text = (
         f"With {seconds} seconds of processor time each, attention sampling misses {percent(ours)} of the test images "
@@ -138,7 +142,9 @@ def _shipped(trained: Record, costs: Sequence[Record]) -> Section:
                 unit = "ms" if key == "milliseconds" else "MB"
                 remark = f"a training step: {number(ours[key])} against {number(theirs[key])} {unit} on all pixels"
                 figures.append((f"less {name}", f"{number(theirs[key] / ours[key])} ×", remark))
-    return Section("A few patches of a large image are enough", paragraph(text, "lead") + cards(figures))
+    return Section(
+        "Attention sampling: a few patches of a large image are enough", paragraph(text, "lead") + cards(figures)
+    )
 
 
 def _comparison(records: Sequence[Record], runs: dict[str, list[Record]]) -> Section:
@@ -176,7 +182,10 @@ def _cost(costs: Sequence[Record]) -> Section:
         ]
         for r in costs
     ]
-    return Section("One training step", table("An image", ["image and method", "CPU ms", "added MB"], lines))
+    return Section(
+        "One training step",
+        table("For one image", ["image and method", "processor time, ms", "added memory, MB"], lines),
+    )
 
 
 def _looked(looked: Sequence[Record]) -> Section:
@@ -199,7 +208,10 @@ def _looked(looked: Sequence[Record]) -> Section:
                 mosaic("The patches that were read, in order", "patches", rows),
             ]
         )
-    text = "Test images at an eighth of their resolution, where the model looked, and all that it read of them."
+    text = (
+        "Test images at an eighth of their resolution, which is the view that attention is over; how much attention "
+        "each place got, the darker the more; and the patches, which are all that the model read of the image itself."
+    )
     return Section("What it looked at", paragraph(text) + body)
 
 
@@ -223,5 +235,5 @@ def _measured(records: Sequence[Record], runs: dict[str, list[Record]]) -> Secti
         else "",
         **where_measured(records),
     }
-    body = table("What ran, and where", ["what", "value"], [[name, value or "–"] for name, value in rows.items()])
-    return Section("How it was measured", body)
+    lines = [[name, value] for name, value in rows.items() if value]
+    return Section("How it was measured", table("What ran, and where", ["what", "value"], lines))

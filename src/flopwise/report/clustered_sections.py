@@ -1,6 +1,7 @@
 """Clustered against exact attention: the sections of the page, in their order."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from flopwise.report.charts import Axis, Cloud, Series, frontier, line_chart, scatter
@@ -32,46 +33,77 @@ def sections(records: Sequence[Record]) -> list[Section]:
     selection = select(records)
     operators = frontier_sections(records)
     if operators and not (selection.tasks or selection.lengths or selection.picture):
-        return [*operators, when_not()]
-    found = [_verdict(records, selection)]
-    found += [_task(task) for task in selection.tasks]
+        return [*operators, replace(when_not(), level=3)]
+    below = [_task(task) for task in selection.tasks]
     if selection.lengths:
-        found.append(_lengths(selection.lengths))
+        below.append(_lengths(selection.lengths))
     if selection.picture:
-        found.append(_pictures(selection.picture))
-    found += operators
-    return [*found, when_not(selection.lengths), _measured(records, selection)]
+        below.append(_pictures(selection.picture))
+    below += [*operators, when_not(selection.lengths), _measured(records, selection)]
+    return [_verdict(records, selection), *(replace(section, level=3) for section in below)]
 
 
 def frontier_sections(records: Sequence[Record]) -> list[Section]:
     """Operators alone, error against time: the newest record of each kind of inputs; nothing without one."""
     newest = {record["inputs"]: record for record in records if record["kind"] == FRONTIER}
-    figures, lines = [], []
+    if not newest:
+        return []
+    figures = []
     for inputs, record in newest.items():
-        methods = record["methods"]
         clouds = []
         for name, colour in (("clustered", 1), ("others", 2)):
-            chosen = [m for m in methods if m["method"].startswith("clustered") == (name == "clustered")]
+            chosen = [m for m in record["methods"] if _is_clustered(m) == (name == "clustered")]
             points = [(m["milliseconds"], m["error"], m["method"].removeprefix("clustered, ")) for m in chosen]
             clouds.append(Cloud(name, points, colour))
         best = frontier((x, -y) for cloud in clouds for x, y, _ in cloud.points)
         x, y = Axis("processor time", "ms", log=True), Axis("relative error", log=True, reverse=True)
         title = f"On {inputs} inputs, {record['length']} positions"
         figures.append(scatter(title, clouds, x=x, y=y, line=[(a, -b) for a, b in best]))
-        lines += [
-            [f"{inputs}: {m['method']}", number(m["milliseconds"]), f"{number(m['speedup'])} ×", number(m["error"])]
-            for m in methods
-        ]
-    if not figures:
-        return []
-    text = (
-        "Higher up is closer to softmax, further left is faster; the line joins what nothing beats in both. Structured "
-        "inputs have 60 planted centres, a smooth path and a little noise, as the queries of trained models do; in "
-        "white noise no query is like another."
+    first, *others = newest.values()
+    body = "".join(paragraph(_best_operators(record), "lead") for record in newest.values())
+    body += paragraph(
+        "Attention alone, without a model: its output's distance from softmax attention, relative to its length (L2). "
+        "In the plots higher up is closer to softmax, further left is faster, and the line joins what nothing beats in "
+        "both. C is the number of clusters; top-k, the keys to which every query attends exactly. Structured inputs "
+        "have 60 planted centres, a smooth path and a little noise, as the queries of trained models do; in white "
+        "noise no query is like another."
     )
-    columns = ["inputs and method", "ms", "times softmax' speed", "relative error"]
-    body = paragraph(text) + side_by_side(figures) + table("8 heads of width 64, one thread, forward", columns, lines)
-    return [Section("Replacements of softmax that need no training", body)]
+    errors = [{m["method"]: m["error"] for m in record["methods"]} for record in others]
+    lines = [
+        [
+            m["method"],
+            number(m["milliseconds"]),
+            f"{number(m['speedup'])} ×",
+            number(m["error"]),
+            *(number(found[m["method"]]) if m["method"] in found else "–" for found in errors),
+        ]
+        for m in first["methods"]
+    ]
+    columns = ["method", "ms", "times softmax' speed", *(f"error, {inputs} inputs" for inputs in newest)]
+    caption = (
+        f"8 heads of width 64, {first['length']} positions, one thread, forward; times on {first['inputs']} inputs"
+    )
+    body += side_by_side(figures) + table(caption, columns, lines)
+    return [Section("Clustered attention beside other replacements of softmax that need no training", body)]
+
+
+def _is_clustered(method: Record) -> bool:
+    return method["method"].startswith("clustered")
+
+
+def _best_operators(record: Record) -> str:
+    """The smallest error that each side reaches in less time than softmax takes."""
+    start = f"On {record['inputs']} inputs"
+    parts = []
+    for name, ours in (("clustered attention", True), ("the others", False)):
+        faster = [m for m in record["methods"] if _is_clustered(m) == ours and m["speedup"] > 1]
+        if faster:
+            best = min(faster, key=lambda m: m["error"])
+            setting = f"{best['method'].removeprefix('clustered, ')}, {number(best['speedup'])} × softmax' speed"
+            parts.append(f"{name} {number(best['error'])} ({setting})")
+    if not parts:
+        return f"{start} nothing is faster than softmax."
+    return f"{start}, the smallest relative error of what is faster than softmax: {', '.join(parts)}."
 
 
 def _verdict(records: Sequence[Record], selection: Selection) -> Section:

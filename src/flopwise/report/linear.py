@@ -1,6 +1,7 @@
 """Linear attention: records of what a model painted, wrote and cost -> the sections of the page."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from flopwise.report.charts import Axis, Series, line_chart
 from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
@@ -18,7 +19,7 @@ NEEDS = {
     "agreement": ("largest_difference", "largest_logit"),
     "length": ("exponents.linear", "exponents.softmax"),
 }
-SPEED_COLUMNS = ["", "tokens", "tokens/s", "images/s", "over the cache", "over no cache"]
+SPEED_COLUMNS = ["", "tokens", "tokens/s", "images/s", "gain over a cache", "gain over no cache"]
 LISTS = {
     "speed": ("lengths",),
     "painted": ("digits", "pictures"),
@@ -50,24 +51,19 @@ def problem(record: Record) -> str | None:
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
-    """Verdict, pictures, speed, the play, likelihood, limits, method; what has no data is left out."""
+    """Verdict, pictures, the play, speed, likelihood, limits, method; what has no data is left out."""
     newest = {(record["kind"], record.get("batch"), record.get("method")): record for record in records}
     speeds = sorted((r for r in newest.values() if r["kind"] == "speed"), key=lambda r: r["batch"])
     found = [_verdict(speeds)]
-    for key, record in newest.items():
-        if key[0] == "painted":
-            found.append(_painted(record))
-        elif key[0] == "completed":
-            found.append(_completed(record))
+    for kind, show in (("painted", _painted), ("completed", _completed), ("play", _play)):
+        found += [show(record) for key, record in newest.items() if key[0] == kind]
     if speeds:
         found.append(_speed(speeds))
-    for key, record in newest.items():
-        if key[0] == "play":
-            found.append(_play(record))
     runs = [r for r in newest.values() if r["kind"] == "run"]
     if runs:
         found.append(_likelihood(runs))
-    return [*found, _when_not(), _measured(records)]
+    below = [*found[1:], _when_not(), _measured(records)]
+    return [found[0], *(replace(section, level=3) for section in below)]
 
 
 def length_sections(records: Sequence[Record]) -> list[Section]:
@@ -107,8 +103,8 @@ def _verdict(speeds: Sequence[Record]) -> Section:
     for record in speeds:
         row = record["lengths"][-1]
         gains = [row[f"gain over {baseline}"]["linear"] for baseline in ("cache", "no cache")]
-        remark = f"as fast as softmax without a cache; {number(gains[0])} times as fast as with one"
-        figures.append((f"{row['length']} tokens, {_sequences(record)}", f"{number(gains[1])} ×", remark))
+        remark = f"as fast as softmax with a cache; {number(gains[1])} times as fast as without one"
+        figures.append((f"{row['length']} tokens, {_sequences(record)}", f"{number(gains[0])} ×", remark))
     best = max(speeds, key=lambda r: r["lengths"][-1]["gain over cache"]["linear"])["lengths"][-1]
     worst = min(r["lengths"][-1]["gain over cache"]["linear"] for r in speeds)
     cache, anew = (number(best[f"gain over {name}"]["linear"]) for name in ("cache", "no cache"))
@@ -136,10 +132,13 @@ def _painted(record: Record) -> Section:
     columns = [pictures[i : i + each] for i in range(0, len(pictures), each)]
     rows = [list(row) for row in zip(*columns, strict=True)]
     text = (
-        "New digits, painted pixel by pixel from nothing but the name of the digit, which is the column. It is read "
-        "once, up to 784 pixels before: not every picture obeys it."
+        "Painted pixel by pixel from nothing but the name of the digit, which is the column. The name is read once, "
+        "up to 784 pixels before: not every picture obeys it."
     )
-    return Section("Painted", paragraph(text) + mosaic("New digits", "painted digits, 0 to 9 from left to right", rows))
+    return Section(
+        "New digits, painted",
+        paragraph(text) + mosaic("Columns: 0 to 9", "painted digits, 0 to 9 from left to right", rows),
+    )
 
 
 def _completed(record: Record) -> Section:
@@ -152,7 +151,9 @@ def _completed(record: Record) -> Section:
         "Held-out digits whose lower half was hidden. First column: the digit; second: what the model was shown, read "
         "once into a state of constant size; the others: what it painted from that state, each on its own."
     )
-    return Section("Completed", paragraph(text) + mosaic("Completions", "half-hidden digits and completions", rows))
+    return Section(
+        "Half a digit, completed", paragraph(text) + mosaic("Completions", "half-hidden digits and completions", rows)
+    )
 
 
 def _speed(speeds: Sequence[Record]) -> Section:
@@ -193,7 +194,7 @@ def speed_rows(records: Sequence[Record]) -> list[list[str]]:
 
 def _play(record: Record) -> Section:
     prompt = record.get("prompt", "")
-    note = f"Written byte by byte after {prompt!r}, by a model of {number(record.get('parameters', 0))} weights."
+    note = f"Written byte by byte after {prompt!r}, by a model of {record.get('parameters', 0):,} weights."
     return Section("A play", paragraph(prompt + record["text"], "verse") + paragraph(note, "note"))
 
 
@@ -221,7 +222,7 @@ def _when_not() -> Section:
     reasons = [
         "The model exists already and was trained with softmax: linear attention has to be trained. For pretrained "
         "encoders there is clustered attention.",
-        "Sequences are short, some hundred tokens: softmax with a cache is as fast, and learns a little better.",
+        "Sequences are short, some hundred tokens, one at a time: softmax with a cache is about as fast.",
         "The task is to look up something far back, word for word: a state of constant size forgets.",
         "Generation is bound by something else, such as a slow tokenizer or a network.",
     ]

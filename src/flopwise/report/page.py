@@ -21,12 +21,16 @@ class Section:
 
 
 def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -> str:
-    """A complete HTML document which needs no other file and makes no request; `script` is a file beside this one."""
+    """A complete HTML document which needs no other file and makes no request; `script` is a file beside this one.
+
+    A page of several sections of level 2, with others below them, begins with links to these.
+    """
     resources = files("flopwise.report")
     style = resources.joinpath("style.css").read_text(encoding="utf-8")
     code = resources.joinpath(script).read_text(encoding="utf-8")
     body = "\n".join(
-        f"<section>\n<h{part.level}>{escape(part.title)}</h{part.level}>\n{part.body}\n</section>" for part in sections
+        f'<section id="s{i}">\n<h{part.level}>{escape(part.title)}</h{part.level}>\n{part.body}\n</section>'
+        for i, part in enumerate(sections)
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -39,7 +43,7 @@ def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -
 {style}</style>
 </head>
 <body>
-<header><p class="brand">flopwise</p><h1>{escape(title)}</h1></header>
+<header><p class="brand">flopwise</p><h1>{escape(title)}</h1></header>{_contents(sections)}
 <main>
 {body}
 </main>
@@ -48,6 +52,13 @@ def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -
 </body>
 </html>
 """
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    links = [f'<li><a href="#s{i}">{escape(part.title)}</a></li>' for i, part in enumerate(sections) if part.level == 2]
+    if len(links) == 1 or len(links) == len(sections):
+        return ""
+    return f'\n<nav aria-label="On this page"><ol>{"".join(links)}</ol></nav>'
 
 
 def write_page(path: Path, text: str) -> None:
@@ -81,8 +92,9 @@ def cards(figures: Sequence[tuple[str, str, str]]) -> str:
 
 
 def side_by_side(figures: Sequence[str]) -> str:
-    """Charts in two columns where there is room, in one where there is not."""
-    return f'<div class="pair">{"".join(figures)}</div>'
+    """Charts in two columns where there is room, in one where there is not; three of them in three."""
+    kind = "pair three" if len(figures) == 3 else "pair"
+    return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
 def table(
