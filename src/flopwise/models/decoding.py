@@ -2,7 +2,8 @@
 
 The weights are packed once: all layers in one array, the norms' factors folded into the matrices that follow them
 (W (g n + b) = (W g) n + W b). With numba, up to `SMALL` sequences are decoded by one call through the whole stack,
-which reads each weight once; more sequences use torch's matrix products, with numba or torch in between.
+which reads each weight once; more sequences use torch's matrix products, with numba or torch in between. Of these some
+are much faster on transposed matrices, W X^T: then the sequences of a feature are side by side in memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from flopwise.models.state import ModelState
 Backend = Literal["auto", "numba", "torch"]
 Weights = Literal["float32", "int8"]
 SMALL = 4  # sequences up to which reading the weights, not the arithmetic, is what a step costs
+SIDEWAYS = range(12, 65)  # sequences whose products are fastest if each feature has all sequences side by side
 
 
 class Snapshot(NamedTuple):
@@ -169,19 +171,24 @@ class Decoder:
         self._longest = int(state.position.max())
         self._table = self._model.positions(state.position[:0])  # grows when it is used
 
-        def buffer(width: int) -> Tensor:
-            return torch.empty(len(state.position), width, device=packed.embedding.device)
+        batch, dim, device = len(state.position), packed.embedding.shape[1], packed.embedding.device
+        sideways = batch in SIDEWAYS
 
-        dim = packed.embedding.shape[1]
+        def buffer(width: int) -> Tensor:
+            if sideways:
+                return torch.empty(width, batch, device=device).T
+            return torch.empty(batch, width, device=device)
+
         self._x, self._normed, self._attended = buffer(dim), buffer(dim), buffer(dim)
         self._projected, self._hidden = buffer(packed.project.rows), buffer(packed.up.rows)
-        self._logits = buffer(packed.head.rows)
+        self._logits = torch.empty(batch, packed.head.rows, device=device)
 
         given: Callable[[Tensor], Any] = Tensor.numpy if self.backend == "numba" else lambda tensor: tensor
         x, normed, attended, projected, hidden, logits, taps, decay, memory, normaliser, recent = map(
             given,
             (
-                *(self._x, self._normed, self._attended, self._projected, self._hidden, self._logits),
+                *(self._x, self._normed, self._attended, self._projected),
+                *(self._hidden.T if sideways else self._hidden, self._logits),
                 *(packed.taps, packed.decay, *self._state[:3]),
             ),
         )
@@ -215,13 +222,11 @@ class Decoder:
             kernels.normalise(modern, x, normed)
             packed.project.multiply(layer, self._normed, self._projected)
             kernels.attend(modern, layer, projected, *self._attention, attended)
-            packed.out.multiply(layer, self._attended, self._normed)
-            self._x += self._normed
+            packed.out.multiply(layer, self._attended, self._x, add=True)
             kernels.normalise(modern, x, normed)
             packed.up.multiply(layer, self._normed, self._hidden)
             kernels.activate(modern, hidden)
-            packed.down.multiply(layer, self._hidden, self._normed)
-            self._x += self._normed
+            packed.down.multiply(layer, self._hidden, self._x, add=True)
         kernels.normalise(modern, x, normed)
         packed.head.multiply(0, self._normed, self._logits)
 
@@ -250,10 +255,15 @@ class Matrix:
     def rows(self) -> int:
         return self.values.shape[1]
 
-    def multiply(self, layer: int, x: Float[Tensor, "b columns"], out: Float[Tensor, "b rows"]) -> None:
-        """The same for all rows of `x`, by torch."""
+    def multiply(
+        self, layer: int, x: Float[Tensor, "b columns"], out: Float[Tensor, "b rows"], *, add: bool = False
+    ) -> None:
+        """The same for all rows of `x`, by torch; added to what is there if `add`."""
         bias, transposed = self._dense[layer]
-        torch.addmm(bias, x, transposed, out=out)
+        if add:
+            out.addmm_(x, transposed).add_(bias)
+        else:
+            torch.addmm(bias, x, transposed, out=out)
 
     @cached_property
     def _dense(self) -> list[tuple[Tensor, Tensor]]:
