@@ -4,6 +4,5 @@
 - `attend(modern, projected, taps, decay, memory, normaliser, recent, out)`: all of attention between its two matrices
 - `activate(modern, hidden)`: relu, or its square
 
-In memory the features of a sequence are side by side, or the sequences of a feature: see `decoding.SIDEWAYS`.
 `numba.py` has `stack` besides: all layers of a step in one call.
 """

@@ -74,22 +74,6 @@ def multiply(values, scale, bias, x, out, add):
 @no_type_check
 def normalise(modern, x, out):
     columns = F(x.shape[1])
-    if x.strides[0] < x.strides[1]:  # sequences side by side: all at once
-        means, factors = np.zeros(len(x), F), np.zeros(len(x), F)
-        if not modern:
-            for i in range(x.shape[1]):
-                for b in range(len(x)):
-                    means[b] += x[b, i]
-            means /= columns
-        for i in range(x.shape[1]):
-            for b in range(len(x)):
-                factors[b] += (x[b, i] - means[b]) ** 2
-        for b in range(len(x)):
-            factors[b] = F(1) / np.sqrt(factors[b] / columns + EPS)
-        for i in range(x.shape[1]):
-            for b in range(len(x)):
-                out[b, i] = (x[b, i] - means[b]) * factors[b]
-        return
     for b in range(len(x)):
         mean, square = F(0), F(0)
         if not modern:
@@ -108,10 +92,8 @@ def normalise(modern, x, out):
 def attend(modern, layer, projected, taps, decay, memory, normaliser, recent, out):
     dim = out.shape[1]
     heads, width = normaliser.shape[2:]
-    y = np.empty(width, F)
-    rows = _rows(projected)
     for b in range(len(out)):
-        qkv = rows[b]
+        qkv = projected[b]
         if modern:
             _convolve(qkv[: 3 * dim], taps[layer], recent[layer, b])
             for part in range(2 * heads):
@@ -120,6 +102,7 @@ def attend(modern, layer, projected, taps, decay, memory, normaliser, recent, ou
             qkv[i] = max(qkv[i], F(0)) + _exp(min(qkv[i], F(0)))
         for h in range(heads):
             first = h * width
+            y = out[b, first : first + width]
             value = qkv[2 * dim + first : 2 * dim + first + width]
             y[:] = 0
             weight = F(0)
@@ -138,11 +121,9 @@ def attend(modern, layer, projected, taps, decay, memory, normaliser, recent, ou
             if modern:
                 _to_unit_rms(y)
                 for m in range(width):
-                    gate = qkv[3 * dim + first + m]
+                    gate = projected[b, 3 * dim + first + m]
                     small = _exp(-abs(gate))
                     y[m] *= gate * (F(1) if gate > 0 else small) / (F(1) + small)
-            for m in range(width):
-                out[b, first + m] = y[m]
 
 
 @compiled
@@ -152,18 +133,6 @@ def activate(modern, hidden):
         for i in range(hidden.shape[1]):
             positive = max(hidden[b, i], F(0))
             hidden[b, i] = positive * positive if modern else positive
-
-
-@compiled
-@no_type_check
-def _rows(x):
-    """A copy with the features of each sequence side by side, in pieces of a cache line."""
-    copy = np.empty(x.shape, F)
-    for first in range(0, x.shape[1], 16):
-        for b in range(len(x)):
-            for i in range(first, min(first + 16, x.shape[1])):
-                copy[b, i] = x[b, i]
-    return copy
 
 
 @compiled
