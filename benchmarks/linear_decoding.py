@@ -1,5 +1,7 @@
 """Tokens per second of `LinearCausalLM` against the same model with softmax: with a key-value cache, and without.
 
+The cache is there twice: tuned like our own decoder ("cache"), and as one writes it with torch's modules ("modules").
+
     python benchmarks/linear_decoding.py        one thread, one process, alternating, medians of CPU time; ten minutes
 
 256 wide, 8 layers, 8 heads, feed-forward 1024, vocabulary 256, float32, random weights, inference mode; beside the

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from flopwise.models import LinearCausalLM
-from flopwise.models.decoding import pack
+from flopwise.models.decoding import PANEL, pack
 
 EPS = 1e-5
 
@@ -86,41 +86,42 @@ class ModuleDecoder:
 class CacheDecoder:
     """Decodes `SoftmaxCausalLM` with keys and values in preallocated memory: as fast as torch's own operations go.
 
-    One fused projection, the norms' factors folded into the matrices as in `Decoder`, SDPA over the part of the cache
-    that is filled. Use it in inference mode.
+    One fused projection, the norms' factors folded into the matrices and these read as `Decoder` reads them, SDPA over
+    the part of the cache that is filled. Use it in inference mode.
 
     Args:
         length: tokens for which the cache has room.
     """
 
     def __init__(self, model: SoftmaxCausalLM, batch: int, length: int) -> None:
-        self.packed = pack(model, "float32")
+        self.packed = packed = pack(model, "float32")
         self.keys, self.values = _empty_cache(model, batch, length)
         self.table = model.positions(torch.arange(length))
         self.position = 0  # tokens seen
-        matrices = (self.packed.project, self.packed.out, self.packed.up, self.packed.down)
-        self._layers = [
-            (self.keys[layer], self.values[layer], *((m.bias[layer], m.values[layer].T) for m in matrices))
-            for layer in range(len(model.blocks))
-        ]
+        matrices = (packed.project, packed.up, packed.head)
+        self._projected, self._hidden, self._logits = (torch.empty(batch, matrix.rows) for matrix in matrices)
+        self._pieces = [whole.split(PANEL, 1) for whole in (self._projected, self._hidden, self._logits)]
 
     def step(self, ids: Int[Tensor, " b"]) -> Float[Tensor, "b vocab"]:
         """Take up one token for each sequence and return the logits of the one that comes next."""
         packed, t = self.packed, self.position
         (batch, dim), heads = (len(ids), packed.embedding.shape[1]), self.keys.shape[2]
+        qkv, hidden = self._projected.view(batch, 3, heads, 1, -1), self._hidden
+        into_projected, into_hidden, into_logits = self._pieces
         x = packed.embedding[ids]
         if self.table is not None:
-            x = x + self.table[t]
-        for keys, values, project, out, up, down in self._layers:
-            qkv = torch.addmm(project[0], layer_norm(x, (dim,), eps=EPS), project[1]).view(batch, 3, heads, 1, -1)
+            x += self.table[t]
+        into_x = x.split(PANEL, 1)
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            packed.project.multiply(layer, layer_norm(x, (dim,), eps=EPS), into_projected)
             keys[:, :, t : t + 1], values[:, :, t : t + 1] = qkv[:, 1], qkv[:, 2]
             y = scaled_dot_product_attention(qkv[:, 0], keys[:, :, : t + 1], values[:, :, : t + 1])
-            x = x + torch.addmm(out[0], y.view(batch, dim), out[1])
-            hidden = torch.addmm(up[0], layer_norm(x, (dim,), eps=EPS), up[1]).relu_()
-            x = x + torch.addmm(down[0], hidden, down[1])
+            packed.out.multiply(layer, y.view(batch, dim), into_x, add=True)
+            packed.up.multiply(layer, layer_norm(x, (dim,), eps=EPS), into_hidden)
+            packed.down.multiply(layer, hidden.relu_(), into_x, add=True)
         self.position += 1
-        head = packed.head
-        return torch.addmm(head.bias[0], layer_norm(x, (dim,), eps=EPS), head.values[0].T)
+        packed.head.multiply(0, layer_norm(x, (dim,), eps=EPS), into_logits)
+        return self._logits.clone()
 
 
 def _empty_cache(model: SoftmaxCausalLM, batch: int, length: int) -> Float[Tensor, "2 layers b h length e"]:

@@ -1,6 +1,6 @@
 """Tokens per second of a linear model against the same model with softmax: with a key-value cache, and without.
 
-"cache" is as fast as torch's operations go, "modules" the cache that calls the model's own blocks.
+Two caches: "cache" is as fast as torch's operations go, "modules" calls the model's own modules as they are.
 
 Alternating in one process, medians of CPU time. What a softmax step costs is smooth in the position, so the mean over
 a generation is the mean over Gauss' points.
