@@ -10,7 +10,7 @@ import torch
 
 from flopwise.experiments import digits, linear, shakespeare
 from flopwise.experiments.linear import Run
-from flopwise.experiments.linear_baseline import CacheDecoder, SoftmaxCausalLM
+from flopwise.experiments.linear_baseline import CacheDecoder, ModuleDecoder, SoftmaxCausalLM
 from flopwise.experiments.linear_speed import GAUSS, mean_over, measure, positions
 from flopwise.models import LinearCausalLM
 
@@ -120,13 +120,14 @@ def test_what_is_painted_and_completed(generator: torch.Generator):
     assert len(text) == 20
 
 
+@pytest.mark.parametrize("kind", [CacheDecoder, ModuleDecoder])
 @torch.inference_mode()
-def test_the_cache_decoder_is_the_softmax_model(generator: torch.Generator):
+def test_the_cache_decoders_are_the_softmax_model(kind: Any, generator: torch.Generator):
     model = SoftmaxCausalLM(50, 24, 2, 3, 40, max_length=9)
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     ids = torch.randint(50, (2, 9), generator=generator)
-    decoder, whole = CacheDecoder(model, 2, 9), model(ids)
+    decoder, whole = kind(model, 2, 9), model(ids)
     for i in range(9):
         torch.testing.assert_close(decoder.step(ids[:, i]), whole[:, i])
     assert not torch.allclose(whole, LinearCausalLM(50, 24, 2, 3, 40, max_length=9)(ids), atol=0.1)
@@ -144,10 +145,11 @@ def test_speeds_are_complete():
     result = measure(LinearCausalLM(**size), SoftmaxCausalLM(**size), batch=1, lengths=(16, 64), rounds=2, burst=1)
     assert [row["length"] for row in result["lengths"]] == [16, 64]
     for row in result["lengths"]:
-        assert set(row["tokens_per_second"]) == {"linear", "linear, int8", "cache", "no cache"}
-        assert row["gain over cache"]["linear"] == pytest.approx(
-            row["tokens_per_second"]["linear"] / row["tokens_per_second"]["cache"]
-        )
+        assert set(row["tokens_per_second"]) == {"linear", "linear, int8", "cache", "modules", "no cache"}
+        for baseline in ("cache", "modules", "no cache"):
+            assert row[f"gain over {baseline}"]["linear"] == pytest.approx(
+                row["tokens_per_second"]["linear"] / row["tokens_per_second"][baseline]
+            )
     assert {len(curve) for curve in result["by_position"].values()} == {8}
 
 

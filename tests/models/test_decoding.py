@@ -17,6 +17,12 @@ NO_NUMBA = pytest.mark.skipif(find_spec("numba") is None, reason="the extra `cpu
 BACKENDS = ("torch", pytest.param("numba", marks=NO_NUMBA))
 
 
+@pytest.fixture(autouse=True)
+def narrow_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small matrices have several panels too, the last one narrower."""
+    monkeypatch.setattr("flopwise.models.decoding.PANEL", 32)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [1, 3, SMALL + 2])

@@ -1,5 +1,7 @@
 """Tokens per second of a linear model against the same model with softmax: with a key-value cache, and without.
 
+Two caches: "cache" is as fast as torch's operations go, "modules" calls the model's own modules as they are.
+
 Alternating in one process, medians of CPU time. What a softmax step costs is smooth in the position, so the mean over
 a generation is the mean over Gauss' points.
 """
@@ -11,11 +13,12 @@ from typing import Any
 import torch
 
 from flopwise.core.timing import Work, cpu_seconds, take_turns
-from flopwise.experiments.linear_baseline import CacheDecoder, SoftmaxCausalLM
+from flopwise.experiments.linear_baseline import CacheDecoder, ModuleDecoder, SoftmaxCausalLM
 from flopwise.models import Decoder, LinearCausalLM
 
 # Gauss-Legendre on [0, 1] with 4 points: exact for costs that are polynomials of degree 7 in the position
 GAUSS = ((0.069432, 0.173927), (0.330009, 0.326073), (0.669991, 0.326073), (0.930568, 0.173927))
+CACHES = {"cache": CacheDecoder, "modules": ModuleDecoder}
 SLICE = 8  # sequences without a cache that go through the model together, so that they stay in the processor's cache
 
 
@@ -46,23 +49,16 @@ def measure(
     if batch == 1:
         decoders["linear, int8"] = linear.decoder(batch, weights="int8")
     places = sorted({position for length in lengths for position in positions(length)})
-    cache = CacheDecoder(softmax, batch, max(lengths))
-
-    def cached(position: int) -> Work:
-        def work() -> object:
-            cache.position = position
-            return cache.step(ids)
-
-        return work
+    caches = {name: kind(softmax, batch, max(lengths)) for name, kind in CACHES.items()}
 
     works: dict[str, Work] = {}
     for position in places:  # linear steps between those of the cache, so that all see the same machine
         works |= {f"{name} {position}": _step(decoder, ids) for name, decoder in decoders.items()}
-        works[f"cache {position}"] = cached(position)
+        works |= {f"{name} {position}": _step_at(cache, position, ids) for name, cache in caches.items()}
     beside = beside or {}
     times = take_turns({**works, **beside}, rounds, burst=burst, lead=1)
 
-    at = {name: {p: times[f"{name} {p}"] for p in places} for name in (*decoders, "cache")}
+    at = {name: {p: times[f"{name} {p}"] for p in places} for name in (*decoders, *caches)}
     step = {name: median(at[name].values()) for name in decoders}
     anew = {position: _without_cache(softmax, batch, position, 3 if batch == 1 else 1) for position in places}
     result: dict[str, Any] = {
@@ -77,13 +73,15 @@ def measure(
         "lengths": [],
     }
     for length in lengths:
-        baselines = {"cache": mean_over(length, at["cache"]), "no cache": mean_over(length, anew)}
+        baselines = {name: mean_over(length, at[name]) for name in caches} | {"no cache": mean_over(length, anew)}
         result["lengths"].append(
             {
                 "length": length,
                 "tokens_per_second": {name: batch / value for name, value in (step | baselines).items()},
-                "gain over cache": {name: baselines["cache"] / value for name, value in step.items()},
-                "gain over no cache": {name: baselines["no cache"] / value for name, value in step.items()},
+            }
+            | {
+                f"gain over {baseline}": {name: value / step[name] for name in step}
+                for baseline, value in baselines.items()
             }
         )
     return result
@@ -101,6 +99,14 @@ def mean_over(length: int, at: Mapping[int, float]) -> float:
 
 def _step(decoder: Decoder, ids: torch.Tensor) -> Work:
     return lambda: decoder.step(ids)
+
+
+def _step_at(cache: CacheDecoder | ModuleDecoder, position: int, ids: torch.Tensor) -> Work:
+    def work() -> object:
+        cache.position = position
+        return cache.step(ids)
+
+    return work
 
 
 def _without_cache(model: SoftmaxCausalLM, batch: int, position: int, repeats: int) -> float:
