@@ -21,6 +21,7 @@ LABELS = {
 VARIANTS = ("rate_scale", "same_rate", "paper")  # the verdict is about the first which has run
 PHASES = {"training": "training", "scoring": "scoring", "loading": "augmentation"}  # key in the record -> word
 GOAL_LOSS, GOAL_ERROR = 0.75, 0.95  # the project's goal, as ratios to uniform
+NO_VERDICT = "Importance sampling: no verdict yet"
 
 
 def problem(record: Record) -> str | None:
@@ -195,10 +196,10 @@ def verdict(records: Sequence[Record]) -> tuple[str, str]:
     """(one line, a few sentences): what came out, whichever way it went."""
     methods = select(records).methods
     if "uniform" not in methods:
-        return "No verdict yet", "The uniform baseline has not run: there is nothing to compare with."
+        return NO_VERDICT, "The uniform baseline has not run: there is nothing to compare with."
     variants = [method for method in VARIANTS if method in methods]
     if not variants:
-        return "No verdict yet", "Only the uniform baseline has finished: importance sampling has not run."
+        return NO_VERDICT, "Only the uniform baseline has finished: importance sampling has not run."
     uniform = converged(methods["uniform"])
     if not uniform:
         return (

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from flopwise.report.charts import Axis, Series, line_chart, stacked_bars
@@ -32,10 +33,11 @@ COLOURS = {method: colour for colour, method in enumerate(LABELS)}
 def sections(records: Sequence[Record]) -> list[Section]:
     """Verdict, results, curves, gate, cost, tuning, limits, method; what has no data is left out or says so."""
     selection = select(records)
-    found = [_verdict(records, selection)]
+    below = []
     if selection.methods:
-        found += [_results(records, selection), _curves(selection), *_gate(selection), *_cost(records)]
-    return [*found, _tuning(selection), when_not(), _measured(records, selection)]
+        below += [_results(records, selection), _curves(selection), *_gate(selection), *_cost(records)]
+    below += [_tuning(selection), when_not(), _measured(records, selection)]
+    return [_verdict(records, selection), *(replace(section, level=3) for section in below)]
 
 
 def _verdict(records: Sequence[Record], selection: Selection) -> Section:
