@@ -95,6 +95,20 @@ def test_uniforms_best_run_is_not_trained_again(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_an_audit_of_a_setting():
-    audit = settings.audit("digit_rows", steps=4, seconds=4)
-    assert [stage.steps for stage in audit.stages] == [0, 4] and audit.batch_size == 16
-    assert settings.half_way(SETTINGS["digit_rows"]) > 1000
+    audit = settings.audit("digit_rows", budget=64, seconds=4)
+    assert [stage.steps for stage in audit.stages] == [0, 4, 8, 16, 32, 48] and audit.batch_size == 16
+    assert audit.budget == 64 and not audit.helps
+    assert settings.uniform_steps(SETTINGS["digit_rows"]) > 1000
+
+
+def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    uniform = Run("digit_rows", "uniform", 1, 1e-3, TINY)
+    Records(tmp_path).add(uniform, train(uniform, tmp_path / "no.pt"))
+    seconds = Records(tmp_path).all[0]["seconds"]
+    monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
+    asked: list[settings.TimedRun] = []
+    settings.compare_seconds(["digit_rows", "fashion"], tmp_path)
+    (run,) = asked
+    assert (run.method, run.seed, run.rate, run.kind, run.seconds) == ("flopwise", 1, 1e-3, "timed", seconds)
+    record = train(run, tmp_path / "no.pt")
+    assert record["kind"] == "timed" and seconds <= record["seconds"] < 2 * seconds + 0.5
