@@ -4,6 +4,10 @@
     python -m flopwise.experiments.importance_settings compare FOLDER [SETTING ...]    equal FLOPs, uniform tuned first
     python -m flopwise.experiments.importance_settings seconds FOLDER [SETTING ...]    ours for uniform's CPU seconds
 
+What came true (`measured_R`, `against_uniform`): the answer was yes if the training loss of ours is lower than uniform
+sampling's at equal FLOPs by two standard errors over seeds; R is the mean, over the share of the budget, of the gate's
+own estimate, and of 1 while it is off.
+
 All append to FOLDER/records.jsonl and leave out what is there already. All settings are classifications; a batch is
 (inputs, targets, which example of the data set each is).
 """
@@ -19,8 +23,9 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,6 +47,7 @@ from flopwise.experiments.baselines import (
     Uniform,
     loss_based,
 )
+from flopwise.experiments.claims.claim import difference
 from flopwise.experiments.importance import small_cnn
 from flopwise.experiments.passes import ShuffledPasses
 from flopwise.experiments.runner import Records, run_all
@@ -285,6 +291,36 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
         "test_error": curve[-1]["test_error"],
         "share_on": method.metrics()["share_on"] if isinstance(method, ImportanceSampler) else None,
     }
+
+
+def measured_R(curve: Sequence[dict[str, Any]]) -> float:
+    """Mean over a run of variance at equal cost, with 1 while the gate is off; straight lines between a curve's points.
+
+    Its limit: while it is on, R is the gate's estimate, from scores.
+    """
+    values = [point["R"] if point["on"] else 1.0 for point in curve]
+    shares = [0.0, *(point["share"] for point in curve[1:])]
+    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(zip(shares, values, strict=True)))
+
+
+@dataclass(frozen=True)
+class Against:
+    """Ours and uniform sampling's, means over seeds, and whether ours is "better", "equal" or "worse" beyond noise."""
+
+    ours: float
+    uniform: float
+    outcome: str
+
+
+def against_uniform(records: Iterable[dict[str, Any]], setting: str, key: str, *, kind: str = "run") -> Against | None:
+    """`key` ("train_loss", "test_error") of a setting's runs: ours of `kind`, and uniform sampling's; None for none."""
+    runs = [r for r in records if r.get("setting") == setting]
+    uniform = [r[key] for r in runs if (r["method"], r["kind"]) == ("uniform", "run")]
+    ours = [r[key] for r in runs if (r["method"], r["kind"]) == ("flopwise", kind)]
+    if not uniform or not ours:
+        return None
+    outcome = {"lower": "better", "higher": "worse", "same": "equal"}[difference(ours, uniform)]
+    return Against(fmean(ours), fmean(uniform), outcome)
 
 
 def _scaled(method: Baseline | ImportanceSampler, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
