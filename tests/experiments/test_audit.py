@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from flopwise import ImportanceSampler
-from flopwise.experiments.audit import audit_importance
+from flopwise.experiments.audit import WORTH, Audit, Stage, audit_importance
+from flopwise.importance_sampling.gate import RATIOS
 
 N, BATCH = 256, 8
 
@@ -36,7 +37,7 @@ def batches(data):
     return [tuple(part[a : a + BATCH] for part in data) for a in range(0, N, BATCH)]
 
 
-def setup(skew: float = 8.0):
+def setup(skew: float = 12.0):
     return network(), loss, batches(examples(skew))
 
 
@@ -47,7 +48,12 @@ def even():
 class TestVerdict:
     def test_few_examples_carry_the_gradient(self):
         audit = audit_importance(setup, steps=0, examples=N)
-        assert audit.helps and audit.R < 0.8 and "likely to help" in audit.verdict and "unlikely" not in audit.verdict
+        assert (
+            audit.helps
+            and audit.course.needed <= WORTH
+            and "likely to help" in audit.verdict
+            and "unlikely" not in audit.verdict
+        )
         assert audit.score_share > 0.85
         assert audit.batch_size == BATCH and audit.stages[0].examples == N
 
@@ -101,13 +107,70 @@ class TestVerdict:
             return network(), loss, [tuple(part[:128] for part in data)]
 
         audit = audit_importance(one_direction, steps=0, examples=128)
-        assert not audit.helps and "more signal than noise" in audit.verdict
+        assert not audit.helps and "less noise buys little" in audit.verdict
+        assert audit.course.needed > audit.R  # what less noise saves of a step, not of its noise
 
     def test_a_fresh_model_is_trained_for_a_while(self):
         audit = audit_importance(setup, steps=30, examples=64)
         assert [stage.steps for stage in audit.stages] == [0, 30]
         assert "after steps" in str(audit) and audit.verdict in str(audit)
         json.dumps(audit.record())
+
+    def test_several_stages_of_one_training(self):
+        audit = audit_importance(setup, steps=[10, 30], examples=64, budget=40)
+        assert [stage.steps for stage in audit.stages] == [0, 10, 30]
+        once = audit_importance(setup, steps=30, examples=64)
+        assert audit.stages[-1].tau2 == pytest.approx(once.stages[-1].tau2, rel=0.05)  # the loader shuffles anew
+        assert not audit.helps  # the gate has not learned anything yet
+
+
+def measured(steps: int, variance: float, noise_scale: float = float("inf")) -> Stage:
+    """A stage at which every r divides the variance by what it costs at c = 1, and by `variance`."""
+    table = {r: variance / (1 + r) for r in RATIOS}
+    return Stage(steps, 2.0, 2.0, table, table, noise_scale, 64)
+
+
+def audited(*stages: Stage, budget: int | None = None) -> Audit:
+    return Audit(16, "flops", {"flops": 1.0, "seconds": 1.0}, stages, 1.0, budget)
+
+
+class TestRule:
+    def test_all_noise_needs_R(self):
+        audit = audited(measured(0, 0.6))
+        assert pytest.approx(0.6) == audit.R and audit.course.needed == pytest.approx(0.6) and audit.helps
+
+    def test_half_noise(self):
+        """N = b: phi = 1/2, and (1 + c r) (1 - phi + phi v) = (1 + r) / 2 + R / 2."""
+        audit = audited(measured(0, 0.6, noise_scale=16.0))
+        assert audit.stages[0].noise_share(16) == 0.5
+        assert audit.course.needed == pytest.approx((1 + audit.ratio) / 2 + 0.3) and not audit.helps
+
+    def test_no_noise_at_all(self):
+        audit = audited(measured(0, 0.6, noise_scale=0.0))
+        assert audit.course.needed == pytest.approx(1 + audit.ratio) and not audit.helps
+
+    def test_a_long_training_is_what_its_stages_say(self):
+        audit = audited(measured(0, 0.6), budget=10**4)
+        assert audit.course.on > 0.9 and pytest.approx(0.6, abs=0.03) == audit.course.R and audit.helps
+
+    def test_a_short_one_is_over_before_the_gate_is_on(self):
+        audit = audited(measured(0, 0.6), budget=60)
+        assert not audit.helps and audit.course.on < 0.5 and "a longer training gains more" in audit.verdict
+        assert pytest.approx(1 - 0.4 * audit.course.on) == audit.course.R
+
+    def test_the_gate_stays_off_where_it_does_not_pay(self):
+        audit = audited(measured(0, 1.2), budget=2000)
+        assert (audit.course.on, audit.course.R, audit.course.needed) == (0.0, 1.0, 1.0) and not audit.helps
+
+    def test_between_two_stages_lies_a_line(self):
+        """Variance falls from 1.2 to 0.4: below 0.9 from 3/8 on, where the gate comes on a little later."""
+        audit = audited(measured(0, 1.2), measured(10**4, 0.4), budget=10**4)
+        assert audit.course.on == pytest.approx(5 / 8, abs=0.07)
+        assert pytest.approx(1 - 5 / 8 * (1 - 0.65), abs=0.07) == audit.course.R
+
+    def test_after_the_last_stage_it_stays(self):
+        short, long = (audited(measured(0, 1.2), measured(2000, 0.4), budget=n) for n in (5000, 10**4))
+        assert 0.4 < long.course.R < short.course.R < 0.6
 
 
 def test_the_predicted_variance_is_that_of_the_samplers_own_steps():

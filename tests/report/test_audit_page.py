@@ -51,6 +51,13 @@ def test_the_newest_audit_of_each_setup_is_shown(tmp_path):
     assert text.count("Unlikely: too equal.") == 1
 
 
+def test_a_whole_budget_is_shown(tmp_path):
+    course = {"on": 0.375, "R": 0.8, "needed": 0.775}
+    check(text := written(tmp_path, [AUDIT | {"budget": 900, "course": course}]))
+    assert "37.5 %" in text and "77.5 %" in text and "900 steps" in text
+    assert "gate on" not in written(tmp_path, [AUDIT | {"budget": None, "course": course}])
+
+
 def test_flops_that_were_not_counted_give_way_to_seconds(tmp_path):
     check(text := written(tmp_path, [AUDIT | {"scoring_cost": {"flops": None, "seconds": 0.3}}]))
     assert "30.0 %" in text

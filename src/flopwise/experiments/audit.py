@@ -7,13 +7,26 @@
 The prediction is R, the variance of a drawn step relative to a uniform one at equal cost: 1 / R is the speed-up where
 gradient noise is what limits training. It is not the score's own opinion: exact gradients of some hundred examples say
 what drawing by the score is worth, and the ledger and a clock say what it costs.
+
+The rule of the verdict. A uniform step's expected squared gradient is |G|^2 + tr(Sigma) / b; with the noise scale
+N = tr(Sigma) / |G|^2, the share of noise in it is phi = N / (N + b). A step's progress at its best rate goes with
+1 / (1 + N / b) (McCandlish et al. 2018, arXiv 1812.06162), so that a drawn step with v times the variance, which costs
+1 + c r uniform steps, gets as far as they do for
+
+    needed = (1 + c r) (1 - phi + phi v)    of the cost: R where all is noise, above 1 where nothing is.
+
+While the gate is off it is 1. The answer is yes when the mean over the whole budget is at most `WORTH`: the gate itself
+is taken through the budget, with what was measured at some stages and straight lines between them. Without a budget the
+last stage stands for a training that is long.
 """
 
 import copy
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from statistics import median
 from typing import Any, Literal
@@ -27,8 +40,9 @@ from flopwise.core import Ledger, endless
 from flopwise.core.batch import Examples
 from flopwise.importance_sampling import upper_bound_score
 from flopwise.importance_sampling.draw import draw_without_replacement, probabilities
-from flopwise.importance_sampling.gate import MARGIN, RATIOS
+from flopwise.importance_sampling.gate import RATIOS, Gate
 from flopwise.importance_sampling.modes import scoring
+from flopwise.importance_sampling.sampler import LEARNED_EACH, POOLED
 from flopwise.importance_sampling.scores import split_losses
 from flopwise.importance_sampling.variance import cost_adjusted, variance_ratio
 
@@ -38,6 +52,7 @@ SKETCH = 4096  # numbers kept of every example's gradient; the error of a varian
 DRAWS = 300  # simulated steps a ratio
 TIMINGS = 7
 SMOOTHING = 0.1
+WORTH = 0.8  # of uniform sampling's cost: what has to do for the same progress, so that the answer is yes
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,25 @@ class Stage:
     noise_scale: float
     examples: int
 
+    def noise_share(self, batch_size: int) -> float:
+        """phi, of a uniform step's squared gradient."""
+        return 1 / (1 + batch_size / self.noise_scale) if self.noise_scale > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training would see; means over what it spends.
+
+    Args:
+        on: share spent while the gate is on.
+        R: variance at equal cost, with 1 while the gate is off.
+        needed: of uniform sampling's cost for the same progress.
+    """
+
+    on: float
+    R: float
+    needed: float
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -70,8 +104,10 @@ class Audit:
         batch_size: of the loader.
         cost: what "equal cost" means in R: "flops" or "seconds".
         scoring_cost: c, the cost of scoring an example over that of training on one, by both measures.
-        stages: before any training and after some, in order; the last one decides.
+        stages: before any training and after some, in order.
         seconds: that the audit took.
+        budget: uniform steps of the training that is asked about; None for a long one, which the last stage stands for.
+        largest_ratio: batches in a presample.
     """
 
     batch_size: int
@@ -79,11 +115,17 @@ class Audit:
     scoring_cost: dict[str, float]
     stages: tuple[Stage, ...]
     seconds: float
+    budget: int | None = None
+    largest_ratio: float = 6.0
 
     @property
     def ratio(self) -> float:
         """r with the smallest R."""
-        return min(RATIOS, key=lambda r: self.R_at(r))
+        return min(self.ratios, key=lambda r: self.R_at(r))
+
+    @property
+    def ratios(self) -> list[float]:
+        return [r for r in RATIOS if r <= self.largest_ratio]
 
     @property
     def R(self) -> float:
@@ -97,8 +139,46 @@ class Audit:
 
     @property
     def helps(self) -> bool:
-        """R below the gate's own threshold, and noise in the step to be rid of."""
-        return self.R < 1 - MARGIN and not self._noise_is_small
+        """Whether `WORTH` of the cost, or less, gets as far."""
+        return self.course.needed <= WORTH
+
+    @cached_property
+    def course(self) -> Course:
+        """The gate, taken through the budget."""
+        c = self.scoring_cost[self.cost]
+        if self.budget is None:
+            return Course(1.0, self.R, self._needed(self.ratio, *self._after(self.stages[-1].steps)))
+        gate = Gate("auto", "without_replacement", SMOOTHING)
+        spent = on = total = needed = 0.0
+        while spent < self.budget:
+            variances, noise_share = self._after(spent)
+            gate.decide(self.largest_ratio, c)
+            if gate.on:
+                price = 1 + c * gate.ratio
+            else:  # plain steps until the gate learns again
+                price = self.largest_ratio * (1 if gate.updates < LEARNED_EACH else POOLED)
+            spent += price
+            on += price * gate.on
+            total += price * (cost_adjusted(variances[gate.ratio], gate.ratio, c) if gate.on else 1.0)
+            needed += price * (self._needed(gate.ratio, variances, noise_share) if gate.on else 1.0)
+            gate.learn([1.0, 1.0, 1.0, *variances.values()])
+        return Course(on / spent, total / spent, needed / spent)
+
+    def _needed(self, ratio: float, variances: dict[float, float], noise_share: float) -> float:
+        return cost_adjusted(1 - noise_share + noise_share * variances[ratio], ratio, self.scoring_cost[self.cost])
+
+    def _after(self, steps: float) -> tuple[dict[float, float], float]:
+        """r -> variance, and the share of noise, on the line between the stages around `steps`."""
+        i = min(bisect_right([stage.steps for stage in self.stages], steps), len(self.stages) - 1)
+        before, after = self.stages[max(i - 1, 0)], self.stages[i]
+        gap = after.steps - before.steps
+        part = min((steps - before.steps) / gap, 1.0) if gap else 1.0
+
+        def between(a: float, b: float) -> float:
+            return (1 - part) * a + part * b
+
+        shares = [stage.noise_share(self.batch_size) for stage in (before, after)]
+        return {r: between(before.variance[r], after.variance[r]) for r in RATIOS}, between(*shares)
 
     @property
     def score_share(self) -> float:
@@ -107,31 +187,35 @@ class Audit:
         return (1 - self.stages[-1].variance[self.ratio]) / exact if exact > 0 else 0.0
 
     @property
-    def _noise_is_small(self) -> bool:
-        return self.stages[-1].noise_scale < self.batch_size
-
-    @property
     def reason(self) -> str:
         """Why, in a sentence."""
-        last, limit = self.stages[-1], 1 - MARGIN
-        if self._noise_is_small:
+        last = self.stages[-1]
+        end = self._needed(self.ratio, *self._after(last.steps))
+        if last.noise_scale < self.batch_size or self.R <= WORTH < end:
             return (
-                f"with batches of {self.batch_size} there is more signal than noise in a step (they are equal at "
-                f"{last.noise_scale:.0f}): less noise buys little. Smaller batches would be cheaper"
+                f"with batches of {self.batch_size}, {last.noise_share(self.batch_size):.0%} of a step's squared "
+                f"gradient is noise (half at {last.noise_scale:.0f}): less noise buys little. Smaller batches would be "
+                "cheaper"
             )
-        if limit > self.R:
+        if self.helps:
             return (
                 f"a step drawn from {self.ratio:g} batches has {last.variance[self.ratio]:.2f} times the variance of a "
                 f"uniform one and costs {1 + self.scoring_cost[self.cost] * self.ratio:.2f} times as much"
             )
-        if min(self.R_at(r, exact=True) for r in RATIOS) < limit:
+        if self.R <= WORTH:
+            return (
+                f"that is after {last.steps} steps, but the gate would be on for {self.course.on:.0%} of {self.budget} "
+                f"steps, and over all of them the same progress would take {self.course.needed:.0%} of the "
+                f"{self.cost}: a longer training gains more"
+            )
+        if min(self.R_at(r, exact=True) for r in self.ratios) <= WORTH:
             return f"the score keeps only {self.score_share:.0%} of what exact gradient norms would gain"
         if self._paying_cost > 0:
             return (
                 f"scoring costs too much: {self.scoring_cost[self.cost]:.2f} of a training step an example, and it "
                 f"pays below {self._paying_cost:.2f}"
             )
-        best = min(self.R_at(r, scoring_cost=0.0, exact=True) for r in RATIOS)
+        best = min(self.R_at(r, scoring_cost=0.0, exact=True) for r in self.ratios)
         return (
             f"the examples matter too equally (tau^2 = {last.tau2:.2f}): even exact gradient norms, for free, would "
             f"leave {best:.2f} of the variance"
@@ -139,22 +223,22 @@ class Audit:
 
     @property
     def _paying_cost(self) -> float:
-        """The largest c at which R would be below the gate's threshold."""
-        return max(0.0, *(((1 - MARGIN) / v - 1) / r for r, v in self.stages[-1].variance.items()))
+        """The largest c at which R would be `WORTH`."""
+        return max(0.0, *((WORTH / self.stages[-1].variance[r] - 1) / r for r in self.ratios))
 
     @property
     def verdict(self) -> str:
         """One or two sentences."""
+        over = "" if self.budget is None else f" (over {self.budget} steps, on for {self.course.on:.0%} of them)"
         if self.helps:
             text = (
-                f"Importance sampling is likely to help: R = {self.R:.2f}, the gradient noise of uniform sampling for "
-                f"{self.R:.0%} of its {self.cost} (up to {1 / self.R:.2f} times faster where noise is what limits), "
-                f"since {self.reason}."
+                f"Importance sampling is likely to help: the progress of uniform sampling for {self.course.needed:.0%} "
+                f"of its {self.cost}{over}; R = {self.R:.2f} at the end, since {self.reason}."
             )
         else:
             text = f"Importance sampling is unlikely to help: R = {self.R:.2f}; {self.reason}."
-        first = min(cost_adjusted(v, r, self.scoring_cost[self.cost]) for r, v in self.stages[0].variance.items())
-        if not self.helps and len(self.stages) > 1 and first - 0.05 > self.R:
+        first = min(cost_adjusted(self.stages[0].variance[r], r, self.scoring_cost[self.cost]) for r in self.ratios)
+        if not self.helps and self.budget is None and len(self.stages) > 1 and first - 0.05 > self.R:
             text += (
                 f" But R fell from {first:.2f} within {self.stages[-1].steps} steps: audit again with a checkpoint "
                 "from later in training. The gate stays off until it pays."
@@ -184,6 +268,7 @@ class Audit:
             "R": self.R,
             "ratio": self.ratio,
             "score_share": self.score_share,
+            "course": asdict(self.course),
             "verdict": self.verdict,
         }
 
@@ -195,9 +280,11 @@ def audit_importance(
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     cost: Literal["flops", "seconds"] = "flops",
     seconds: float = 60.0,
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     examples: int = 512,
     seed: int = 0,
+    budget: int | None = None,
+    largest_ratio: float = 6.0,
 ) -> Audit:
     """Measure whether importance sampling helps, in about `seconds`, and predict R.
 
@@ -214,9 +301,11 @@ def audit_importance(
         optimizer: parameters -> the optimizer of the short training; Adam at 1e-3 by default.
         cost: whether R counts FLOPs or seconds.
         seconds: the audit's time; half of it is the short training.
-        steps: of the short training, in place of time; 0 for none.
+        steps: of the short training, in place of time; 0 for none. Of several, in order, each is a stage.
         examples: at most this many gradients at each stage; fewer if time is short, at least 64.
         seed: of the simulated draws.
+        budget: uniform steps that your training will take; with it the answer is about all of them.
+        largest_ratio: batches in a presample of your training.
 
     Raises:
         ValueError: `setup` cannot be found or returns something else, the loss is reduced, the loader is empty.
@@ -227,7 +316,7 @@ def audit_importance(
     run = forward or _forward
     device = next(model.parameters()).device
     stream = iter(endless(_Moved(loader, device)))
-    make = optimizer or (lambda parameters: torch.optim.Adam(parameters, 1e-3))
+    optimiser = (optimizer or (lambda parameters: torch.optim.Adam(parameters, 1e-3)))(model.parameters())
     generator = torch.Generator().manual_seed(seed)
     pool_batches = [next(stream)]
     batch_size = len(Examples(pool_batches[0]))
@@ -235,12 +324,18 @@ def audit_importance(
         pool_batches.append(next(stream))
 
     costs = _costs(model, run, loss, pool_batches[0])
-    stage_seconds = seconds / 5
+    goals = [steps] if steps is None or isinstance(steps, int) else list(steps)
+    stage_seconds, done = seconds / 2 / (1 + len(goals)), 0
     stages = [_measure(model, run, loss, pool_batches, examples, stage_seconds, 0, batch_size, generator)]
-    trained = _train(model, run, loss, stream, make, seconds / 2, steps)
-    if trained:
-        stages.append(_measure(model, run, loss, pool_batches, examples, stage_seconds, trained, batch_size, generator))
-    return Audit(batch_size, cost, costs, tuple(stages), time.perf_counter() - started)
+    for goal in goals:
+        trained = _train(model, run, loss, stream, optimiser, seconds / 2, None if goal is None else goal - done)
+        done += trained
+        if trained:
+            stages.append(
+                _measure(model, run, loss, pool_batches, examples, stage_seconds, done, batch_size, generator)
+            )
+    took = time.perf_counter() - started
+    return Audit(batch_size, cost, costs, tuple(stages), took, budget, largest_ratio)
 
 
 def _find(name: str) -> Callable[[], Any]:
@@ -285,10 +380,16 @@ def _mean_loss(loss: Loss, outputs: Tensor, batch: Any) -> Tensor:
 
 
 def _train(
-    model: nn.Module, run: Forward, loss: Loss, stream: Any, make: Any, seconds: float, steps: int | None
+    model: nn.Module,
+    run: Forward,
+    loss: Loss,
+    stream: Any,
+    optimizer: torch.optim.Optimizer,
+    seconds: float,
+    steps: int | None,
 ) -> int:
     """Uniform steps; returns how many."""
-    optimizer, stop, done = make(model.parameters()), time.perf_counter() + seconds, 0
+    stop, done = time.perf_counter() + seconds, 0
     for batch in stream if steps is None else islice(stream, steps):
         if steps is None and time.perf_counter() > stop:
             break

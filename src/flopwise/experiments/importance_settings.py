@@ -2,8 +2,13 @@
 
     python -m flopwise.experiments.importance_settings audits  FOLDER [SETTING ...]    predictions, before any run
     python -m flopwise.experiments.importance_settings compare FOLDER [SETTING ...]    equal FLOPs, uniform tuned first
+    python -m flopwise.experiments.importance_settings seconds FOLDER [SETTING ...]    ours for uniform's CPU seconds
 
-Both append to FOLDER/records.jsonl and leave out what is there already. All settings are classifications; a batch is
+What came true (`measured_R`, `against_uniform`): the answer was yes if the training loss of ours is lower than uniform
+sampling's at equal FLOPs by two standard errors over seeds; R is the mean, over the share of the budget, of the gate's
+own estimate, and of 1 while it is off.
+
+All append to FOLDER/records.jsonl and leave out what is there already. All settings are classifications; a batch is
 (inputs, targets, which example of the data set each is).
 """
 
@@ -18,7 +23,9 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import count, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -40,16 +47,19 @@ from flopwise.experiments.baselines import (
     Uniform,
     loss_based,
 )
+from flopwise.experiments.claims.claim import difference
 from flopwise.experiments.importance import small_cnn
 from flopwise.experiments.passes import ShuffledPasses
 from flopwise.experiments.runner import Records, run_all
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
+EXPERIMENT = "importance_settings"
 RATIO = 6  # batches in a presample, for every method
 CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
 WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
 TILE = 64  # pixels a side
 TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
+AUDITED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the budget
 EARTH_CLASSES = ("ocean", "coast", "land", "lake")
 METHODS = (
     "uniform", "flopwise", "random_subset", "loss", "history", "infobatch", "selective_backprop",
@@ -104,11 +114,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class TimedRun(Run):
+    """A run that spends CPU seconds in place of FLOPs."""
+
+    seconds: float = 0.0
+    kind: str = "timed"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-seconds{self.seconds:.4g}"
+
+
+@dataclass(frozen=True)
 class Predicted:
     """One audit of a setting."""
 
     setting: str
-    steps: int
+    budget: int
 
 
 def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METHODS, seeds: int = 3) -> None:
@@ -121,6 +143,20 @@ def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METH
             if run.method == "uniform" and run.seed == 0 and records.find(run) is None:
                 records.add(run, {**(records.find(tuned) or {}), "kind": "run"})
         run_all(runs, train, folder, title=name)
+
+
+def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str] = ("flopwise",)) -> None:
+    """For every setting and seed, train `methods` for the CPU seconds that uniform sampling's run took."""
+    for name in names:
+        wanted = (EXPERIMENT, "run", name, "uniform")
+        keys = ("experiment", "kind", "setting", "method")
+        uniform = [r for r in Records(folder).all if tuple(map(r.get, keys)) == wanted]
+        runs = [
+            TimedRun(**{**r["run"], "method": method, "kind": "timed"}, seconds=r["seconds"])
+            for r in uniform
+            for method in methods
+        ]
+        run_all(runs, train, folder, title=f"{name}, equal seconds")
 
 
 def tune(name: str, folder: Path) -> Run:
@@ -136,27 +172,36 @@ def tune(name: str, folder: Path) -> Run:
         rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
 
 
-def audit(name: str, *, steps: int | None = None, seconds: float = 60.0) -> Audit:
-    """Predict for a setting, from a training of `steps`: half of what its budget buys, by default."""
+def audit(name: str, *, budget: int | None = None, seconds: float = 60.0) -> Audit:
+    """Predict for a setting that takes `budget` uniform steps, all that its FLOPs buy by default: measured at the start
+    and at some shares of them, at the rate in the middle of the grid with the runs' own schedule."""
     setting = SETTINGS[name]
     data, rate = setting.data(), sorted(setting.rates)[len(setting.rates) // 2]
+    budget = budget or uniform_steps(setting)
     loader = passes(setting, data, size=setting.batch_size, seed=0)
-    one_pass = [batch for batch, _ in zip(loader, range(len(data.train_y) // setting.batch_size), strict=False)]
+
+    def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        adam, done = torch.optim.Adam(parameters, rate), count(1)
+        adam.register_step_post_hook(lambda *_: adam.param_groups[0].update(lr=rate * cosine(next(done) / budget)))
+        return adam
+
     return audit_importance(
-        lambda: (setting.model(0), loss_per_example, one_pass),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, rate),
-        steps=half_way(setting) if steps is None else steps,
+        lambda: (setting.model(0), loss_per_example, loader),
+        optimizer=optimizer,
+        steps=[round(share * budget) for share in AUDITED],
         seconds=seconds,
+        budget=budget,
+        largest_ratio=RATIO,
     )
 
 
-def half_way(setting: Setting) -> int:
-    """Uniform steps that half of the budget buys."""
+def uniform_steps(setting: Setting) -> int:
+    """How many the budget buys."""
     model = setting.model(0)
     x, y, _ = next(iter(passes(setting, setting.data(), size=setting.batch_size, seed=0)))
     with Ledger() as ledger:
         cross_entropy(model(x), y).backward()
-    return round(setting.flops / ledger.flops / 2)
+    return round(setting.flops / ledger.flops)
 
 
 def passes(setting: Setting, data: Data, *, size: int, seed: int) -> ShuffledPasses:
@@ -196,7 +241,8 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
     setting = SETTINGS[run.setting]
     data, model = setting.data(), setting.model(run.seed)
     optimizer = torch.optim.Adam(model.parameters(), run.rate)
-    budget, ledger = Budget(flops=run.flops), CpuLedger()
+    budget = Budget(seconds=run.seconds) if isinstance(run, TimedRun) else Budget(flops=run.flops)
+    ledger = CpuLedger()
     method = make_method(run, model, len(data.train_y), lambda: budget.share(ledger))
     batches = method.batches(passes(setting, data, size=RATIO * setting.batch_size, seed=run.seed))
     curve: list[dict[str, Any]] = []
@@ -231,7 +277,7 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
                     point(CURVE_EXAMPLES)
     point(END_EXAMPLES)
     return {
-        "experiment": "importance_settings",
+        "experiment": EXPERIMENT,
         "kind": run.kind,
         "setting": run.setting,
         "method": run.method,
@@ -245,6 +291,36 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
         "test_error": curve[-1]["test_error"],
         "share_on": method.metrics()["share_on"] if isinstance(method, ImportanceSampler) else None,
     }
+
+
+def measured_R(curve: Sequence[dict[str, Any]]) -> float:
+    """Mean over a run of variance at equal cost, with 1 while the gate is off; straight lines between a curve's points.
+
+    Its limit: while it is on, R is the gate's estimate, from scores.
+    """
+    values = [point["R"] if point["on"] else 1.0 for point in curve]
+    shares = [0.0, *(point["share"] for point in curve[1:])]
+    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(zip(shares, values, strict=True)))
+
+
+@dataclass(frozen=True)
+class Against:
+    """Ours and uniform sampling's, means over seeds, and whether ours is "better", "equal" or "worse" beyond noise."""
+
+    ours: float
+    uniform: float
+    outcome: str
+
+
+def against_uniform(records: Iterable[dict[str, Any]], setting: str, key: str, *, kind: str = "run") -> Against | None:
+    """`key` ("train_loss", "test_error") of a setting's runs: ours of `kind`, and uniform sampling's; None for none."""
+    runs = [r for r in records if r.get("setting") == setting]
+    uniform = [r[key] for r in runs if (r["method"], r["kind"]) == ("uniform", "run")]
+    ours = [r[key] for r in runs if (r["method"], r["kind"]) == ("flopwise", kind)]
+    if not uniform or not ours:
+        return None
+    outcome = {"lower": "better", "higher": "worse", "same": "equal"}[difference(ours, uniform)]
+    return Against(fmean(ours), fmean(uniform), outcome)
 
 
 def _scaled(method: Baseline | ImportanceSampler, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
@@ -448,16 +524,19 @@ SETTINGS = {
 }  # fmt: skip
 
 
+COMMANDS: dict[str, Callable[[Iterable[str], Path], None]] = {"compare": compare, "seconds": compare_seconds}
+
+
 def main(what: str, folder: str, *names: str) -> None:
     torch.set_num_threads(1)
-    if what == "compare":
-        compare(names or SETTINGS, Path(folder))
+    if what in COMMANDS:
+        COMMANDS[what](names or SETTINGS, Path(folder))
         return
     records = Records(Path(folder))
     for name in names or SETTINGS:
-        run = Predicted(name, half_way(SETTINGS[name]))
+        run = Predicted(name, uniform_steps(SETTINGS[name]))
         if records.find(run) is None:
-            found = audit(name, steps=run.steps)
+            found = audit(name, budget=run.budget)
             records.add(run, found.record())
             print(f"{name}\n{found}\n", flush=True)
 

@@ -52,6 +52,11 @@ def _verdict(setup: str, record: Record) -> Section:
         ("scoring", percent(_cost(record)), "of what training on an example costs"),
         ("the score keeps", percent(record["score_share"]), "of the variance reduction of exact gradient norms"),
     ]
+    course, budget = record.get("course"), record.get("budget")
+    if course and budget:
+        text = f"of uniform sampling's cost for its progress over {plural(budget, 'step')}; yes means 80 % at most"
+        figures.insert(0, ("needed", percent(course["needed"]), text))
+        figures.insert(1, ("gate on", percent(course["on"]), "of what is spent; it waits until drawing pays"))
     outcome = "likely to help" if record.get("helps") else "unlikely to help"
     return Section(f"{setup}: importance sampling is {outcome}", paragraph(record["verdict"], "lead") + cards(figures))
 
@@ -105,7 +110,8 @@ def _measured(records: Sequence[Record]) -> Section:
         "The gradient of every measured example is computed alone and exactly; steps are then drawn from them, by the "
         "score and by the norms, as training draws, and their variance is compared with a uniform step's. R is that "
         "ratio times what a drawn step costs. 1 / R is the most that can be won, where gradient noise is what limits "
-        "training. The audit sees no memorisation and no wrong labels: their limits are above.",
+        "training; what a share of signal leaves of that is in the verdict. With a budget, the gate is taken through "
+        "all of it. The audit sees no memorisation and no wrong labels: their limits are above.",
         "note",
     )
     return Section("How it was measured", body)
