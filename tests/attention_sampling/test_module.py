@@ -232,7 +232,11 @@ def test_the_attention_network_sees_few_views_at_once(monkeypatch: pytest.Monkey
 
     def gradients() -> list[torch.Tensor]:
         found = module(low, high)
-        return [found.features, found.attention, *torch.autograd.grad(found.features.sin().sum(), module.parameters())]
+        return [
+            found.features,
+            found.attention,
+            *torch.autograd.grad(found.features.sin().sum(), list(module.parameters())),
+        ]
 
     whole = gradients()
     monkeypatch.setattr("flopwise.attention_sampling.module.VIEW_PIXELS_AT_ONCE", 2 * 7 * 9 + 5)
