@@ -269,8 +269,9 @@ def audit_importance_sampling(
 
     The gradients of some hundred examples are computed exactly, before and after a short training of a copy of the
     model. From them, and from what scoring costs, follows R: the variance of a step at equal cost, relative to uniform
-    sampling. Below 0.9, importance sampling is likely to help, and 1 / R is the most it can win; otherwise the answer
-    says why not. Early in training there is little to gain: a checkpoint from the middle tells more than a new model.
+    sampling. The answer is yes where, with R weighed by the share of a step that is noise, at most 0.8 of the cost gets
+    as far; otherwise it says why not. Early in training there is little to gain: a checkpoint from the middle tells
+    more than a new model.
 
     From Python: `print(audit_importance(setup))`, from `flopwise.experiments.audit`.
     """
