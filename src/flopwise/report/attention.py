@@ -1,11 +1,10 @@
 """Attention sampling on digits hidden in megapixel images: records -> the sections of the page."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import mean, stdev
 
 from flopwise.report.charts import Axis, Series, line_chart
-from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
+from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table, under
 from flopwise.report.pictures import heat_map, mosaic
 from flopwise.report.records import Record, by_method_of, finite, of_no_kind, where_measured, without_number
 from flopwise.report.words import flops_text, mean_std, number, percent, plural
@@ -74,15 +73,15 @@ def sections(records: Sequence[Record]) -> list[Section]:
     costs = [r for r in records if r["kind"] == "cost"]
     trained = [r for r in records if r["kind"] == "shipped"]
     tuned = {r["method"] for r in records if r["kind"] == "tune"}
-    found = [_shipped(trained[-1], costs)] if trained and not runs else [_verdict(runs, tuned=tuned)]
+    first = _shipped(trained[-1], costs) if trained and not runs else _verdict(runs, tuned=tuned)
+    found = []
     if runs:
         found.append(_comparison(records, runs))
     if costs:
         found.append(_cost(costs))
     if looked := [r for r in records if r["kind"] == "looked"]:
         found.append(_looked(looked))
-    below = [*found[1:], _when_not(), _measured(records, runs)]
-    return [found[0], *(replace(section, level=3) for section in below)]
+    return under(first, [*found, _when_not(), _measured(records, runs)])
 
 
 def _error(runs: Sequence[Record]) -> tuple[float, float | None]:

@@ -1,11 +1,10 @@
 """The claims of the thesis: a table of verdicts, and a section each, with what its technique's own page shows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from flopwise.report import attention, clustered_sections, importance_sections, linear
 from flopwise.report.clustered import FRONTIER
-from flopwise.report.page import Section, bullets, cards, paragraph, table
+from flopwise.report.page import Section, bullets, cards, paragraph, table, under
 from flopwise.report.records import Record, where_measured, without_number
 
 TEXTS = ("claim", "statement", "paper", "ours", "baseline", "budget", "verdict", "why", "rule", "limits")
@@ -75,10 +74,9 @@ def sections(records: Sequence[Record]) -> list[Section]:
     verdicts = newest(records)
     found = [_table(verdicts)]
     for verdict in verdicts:
-        found.append(_claim(verdict))
         experiment, show = SHOWN[verdict["claim"]]
-        if shown := [r for r in records if r["experiment"] == experiment]:
-            found += [replace(section, level=3) for section in show(shown)]
+        shown = [r for r in records if r["experiment"] == experiment]
+        found += under(_claim(verdict), show(shown) if shown else [])
     return found
 
 

@@ -1,7 +1,6 @@
 """Clustered against exact attention: the sections of the page, in their order."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby
 
 from flopwise.report.charts import Axis, Cloud, Series, frontier, line_chart, scatter
@@ -20,7 +19,7 @@ from flopwise.report.clustered import (
     speed,
     verdict,
 )
-from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
+from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table, under
 from flopwise.report.pictures import heat_map
 from flopwise.report.records import Record, finite, where_measured
 from flopwise.report.words import distinct, number, percent, plural, times
@@ -33,14 +32,14 @@ def sections(records: Sequence[Record]) -> list[Section]:
     selection = select(records)
     operators = frontier_sections(records)
     if operators and not (selection.tasks or selection.lengths or selection.picture):
-        return [*operators, replace(when_not(), level=3)]
+        return under(operators[0], [when_not()])
     below = [_task(task) for task in selection.tasks]
     if selection.lengths:
         below.append(_lengths(selection.lengths))
     if selection.picture:
         below.append(_pictures(selection.picture))
     below += [*operators, when_not(selection.lengths), _measured(records, selection)]
-    return [_verdict(records, selection), *(replace(section, level=3) for section in below)]
+    return under(_verdict(records, selection), below)
 
 
 def frontier_sections(records: Sequence[Record]) -> list[Section]:

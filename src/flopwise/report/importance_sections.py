@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 
 from flopwise.report.charts import Axis, Series, line_chart, stacked_bars
@@ -23,7 +22,7 @@ from flopwise.report.importance import (
     total_flops,
     verdict,
 )
-from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
+from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table, under
 from flopwise.report.records import Record, finite, where_measured
 from flopwise.report.words import capital, distinct, flop_unit, flops_text, number, plural, times
 
@@ -37,7 +36,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     if selection.methods:
         below += [_results(records, selection), _curves(selection), *_gate(selection), *_cost(records)]
     below += [_tuning(selection), when_not(), _measured(records, selection)]
-    return [_verdict(records, selection), *(replace(section, level=3) for section in below)]
+    return under(_verdict(records, selection), below)
 
 
 def _verdict(records: Sequence[Record], selection: Selection) -> Section:

@@ -1,10 +1,9 @@
 """Linear attention: records of what a model painted, wrote and cost -> the sections of the page."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from flopwise.report.charts import Axis, Series, line_chart
-from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table
+from flopwise.report.page import Section, bullets, cards, paragraph, side_by_side, table, under
 from flopwise.report.pictures import mosaic
 from flopwise.report.records import Record, of_no_kind, where_measured, without_number
 from flopwise.report.words import number
@@ -54,7 +53,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     """Verdict, pictures, the play, speed, likelihood, limits, method; what has no data is left out."""
     newest = {(record["kind"], record.get("batch"), record.get("method")): record for record in records}
     speeds = sorted((r for r in newest.values() if r["kind"] == "speed"), key=lambda r: r["batch"])
-    found = [_verdict(speeds)]
+    found = []
     for kind, show in (("painted", _painted), ("completed", _completed), ("play", _play)):
         found += [show(record) for key, record in newest.items() if key[0] == kind]
     if speeds:
@@ -62,8 +61,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     runs = [r for r in newest.values() if r["kind"] == "run"]
     if runs:
         found.append(_likelihood(runs))
-    below = [*found[1:], _when_not(), _measured(records)]
-    return [found[0], *(replace(section, level=3) for section in below)]
+    return under(_verdict(speeds), [*found, _when_not(), _measured(records)])
 
 
 def length_sections(records: Sequence[Record]) -> list[Section]:

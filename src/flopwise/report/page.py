@@ -5,7 +5,7 @@ Every helper takes plain text and escapes it; only `Section.body` and `page` han
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,11 @@ class Section:
     title: str
     body: str
     level: int = 2
+
+
+def under(first: Section, others: Sequence[Section]) -> list[Section]:
+    """A section and those that belong to it."""
+    return [first, *(replace(section, level=3) for section in others)]
 
 
 def page(title: str, sections: Sequence[Section], *, script: str = "hover.js") -> str:
