@@ -117,10 +117,15 @@ class TestVerdict:
         json.dumps(audit.record())
 
     def test_several_stages_of_one_training(self):
-        audit = audit_importance(setup, steps=[10, 30], examples=64, budget=40)
+        def without_dropout():
+            model, *others = setup()
+            model[2].p = 0.0
+            return model, *others
+
+        audit = audit_importance(without_dropout, steps=[10, 30], examples=64, budget=40)
         assert [stage.steps for stage in audit.stages] == [0, 10, 30]
-        once = audit_importance(setup, steps=30, examples=64)
-        assert audit.stages[-1].tau2 == pytest.approx(once.stages[-1].tau2, rel=0.05)  # the loader shuffles anew
+        once = audit_importance(without_dropout, steps=30, examples=64)
+        assert audit.stages[-1].tau2 == pytest.approx(once.stages[-1].tau2)
         assert not audit.helps  # the gate has not learned anything yet
 
 
@@ -150,8 +155,8 @@ class TestRule:
         assert audit.course.needed == pytest.approx(1 + audit.ratio) and not audit.helps
 
     def test_a_long_training_is_what_its_stages_say(self):
-        audit = audited(measured(0, 0.6), budget=10**4)
-        assert audit.course.on > 0.9 and pytest.approx(0.6, abs=0.03) == audit.course.R and audit.helps
+        audit = audited(measured(0, 0.6), budget=3 * 10**4)
+        assert audit.course.on > 0.99 and pytest.approx(0.6, abs=0.01) == audit.course.R and audit.helps
 
     def test_a_short_one_is_over_before_the_gate_is_on(self):
         audit = audited(measured(0, 0.6), budget=60)
@@ -159,18 +164,18 @@ class TestRule:
         assert pytest.approx(1 - 0.4 * audit.course.on) == audit.course.R
 
     def test_the_gate_stays_off_where_it_does_not_pay(self):
-        audit = audited(measured(0, 1.2), budget=2000)
+        audit = audited(measured(0, 1.2), budget=10**5)
         assert (audit.course.on, audit.course.R, audit.course.needed) == (0.0, 1.0, 1.0) and not audit.helps
 
     def test_between_two_stages_lies_a_line(self):
         """Variance falls from 1.2 to 0.4: below 0.9 from 3/8 on, where the gate comes on a little later."""
-        audit = audited(measured(0, 1.2), measured(10**4, 0.4), budget=10**4)
-        assert audit.course.on == pytest.approx(5 / 8, abs=0.07)
-        assert pytest.approx(1 - 5 / 8 * (1 - 0.65), abs=0.07) == audit.course.R
+        audit = audited(measured(0, 1.2), measured(3 * 10**4, 0.4), budget=3 * 10**4)
+        assert audit.course.on == pytest.approx(5 / 8, abs=0.03)
+        assert pytest.approx(1 - 5 / 8 * (1 - 0.65), abs=0.03) == audit.course.R
 
     def test_after_the_last_stage_it_stays(self):
-        short, long = (audited(measured(0, 1.2), measured(2000, 0.4), budget=n) for n in (5000, 10**4))
-        assert 0.4 < long.course.R < short.course.R < 0.6
+        short, long = (audited(measured(0, 1.2), measured(5000, 0.4), budget=n) for n in (25_000, 50_000))
+        assert 0.4 < long.course.R < short.course.R < 0.5
 
 
 def test_the_predicted_variance_is_that_of_the_samplers_own_steps():

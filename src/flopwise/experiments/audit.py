@@ -26,7 +26,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from statistics import median
 from typing import Any, Literal
@@ -173,12 +173,8 @@ class Audit:
         before, after = self.stages[max(i - 1, 0)], self.stages[i]
         gap = after.steps - before.steps
         part = min((steps - before.steps) / gap, 1.0) if gap else 1.0
-
-        def between(a: float, b: float) -> float:
-            return (1 - part) * a + part * b
-
-        shares = [stage.noise_share(self.batch_size) for stage in (before, after)]
-        return {r: between(before.variance[r], after.variance[r]) for r in RATIOS}, between(*shares)
+        variances = {r: (1 - part) * before.variance[r] + part * after.variance[r] for r in RATIOS}
+        return variances, (1 - part) * before.noise_share(self.batch_size) + part * after.noise_share(self.batch_size)
 
     @property
     def score_share(self) -> float:
@@ -316,7 +312,8 @@ def audit_importance(
     run = forward or _forward
     device = next(model.parameters()).device
     stream = iter(endless(_Moved(loader, device)))
-    optimiser = (optimizer or (lambda parameters: torch.optim.Adam(parameters, 1e-3)))(model.parameters())
+    make = optimizer or (lambda parameters: torch.optim.Adam(parameters, 1e-3))
+    training = partial(_train, model, run, loss, stream, make(model.parameters()), seconds / 2)
     generator = torch.Generator().manual_seed(seed)
     pool_batches = [next(stream)]
     batch_size = len(Examples(pool_batches[0]))
@@ -328,7 +325,7 @@ def audit_importance(
     stage_seconds, done = seconds / 2 / (1 + len(goals)), 0
     stages = [_measure(model, run, loss, pool_batches, examples, stage_seconds, 0, batch_size, generator)]
     for goal in goals:
-        trained = _train(model, run, loss, stream, optimiser, seconds / 2, None if goal is None else goal - done)
+        trained = training(None if goal is None else goal - done)
         done += trained
         if trained:
             stages.append(
