@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, mean, stdev
 from typing import Any
 
-from flopwise.experiments.importance_settings import Against, against_uniform, measured_R
+from flopwise.experiments.importance_settings import Against, against_uniform, measured_R, runs_of
 from flopwise.report import claims, lake, read_records
 from flopwise.report.attention import NAMES, by_method
 from flopwise.report.importance import markdown_table
@@ -37,13 +37,8 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DO
 
 def verdicts() -> str:
     """What came of the thesis' claims in `flopwise reproduce`."""
-    records = claims.newest(read_records(RESULTS / "claims.jsonl"))
-    rows = ["| claim | published | here | verdict |", "|---|---|---|---|"]
-    rows += [
-        f"| {r['number']}. `{r['claim']}` | {r['paper']} | {r['ours']} | **{r['verdict']}**: {r['why']} |"
-        for r in records
-    ]
-    return "\n".join([f"{claims.summary(records)}.", "", *rows])
+    records = read_records(RESULTS / "claims.jsonl")
+    return f"{claims.summary(records)}.\n\n{claims.markdown_table(records)}"
 
 
 def importance() -> str:
@@ -81,7 +76,7 @@ def importance_settings() -> str:
         loss = found[name, "run", "train_loss"]
         if loss is None:
             continue
-        curves = [r["curve"] for r in records if _is_run(r, name, "flopwise")]
+        curves = [r["curve"] for r in runs_of(records, name, "flopwise")]
         predicted, measured = audit["course"]["R"], fmean(map(measured_R, curves))
         ran += 1
         right += audit["helps"] == (loss.outcome == "better")
@@ -98,10 +93,6 @@ def importance_settings() -> str:
         f"The audit's yes or no was right in {right} of {ran} settings, its R within 25 % of the measured in {near}."
     )
     return "\n".join([*rows, "", *sentences])
-
-
-def _is_run(record: dict[str, Any], setting: str, method: str) -> bool:
-    return (record.get("setting"), record.get("kind"), record.get("method")) == (setting, "run", method)
 
 
 def _against(found: Against | None, scale: float) -> str:

@@ -50,10 +50,9 @@ from flopwise.experiments.baselines import (
 from flopwise.experiments.claims.claim import difference
 from flopwise.experiments.importance import small_cnn
 from flopwise.experiments.passes import ShuffledPasses
-from flopwise.experiments.runner import Records, run_all
+from flopwise.experiments.runner import Record, Records, run_all
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
-EXPERIMENT = "importance_settings"
 RATIO = 6  # batches in a presample, for every method
 CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
 WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
@@ -148,12 +147,9 @@ def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METH
 def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str] = ("flopwise",)) -> None:
     """For every setting and seed, train `methods` for the CPU seconds that uniform sampling's run took."""
     for name in names:
-        wanted = (EXPERIMENT, "run", name, "uniform")
-        keys = ("experiment", "kind", "setting", "method")
-        uniform = [r for r in Records(folder).all if tuple(map(r.get, keys)) == wanted]
         runs = [
             TimedRun(**{**r["run"], "method": method, "kind": "timed"}, seconds=r["seconds"])
-            for r in uniform
+            for r in runs_of(Records(folder).all, name, "uniform")
             for method in methods
         ]
         run_all(runs, train, folder, title=f"{name}, equal seconds")
@@ -277,7 +273,7 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
                     point(CURVE_EXAMPLES)
     point(END_EXAMPLES)
     return {
-        "experiment": EXPERIMENT,
+        "experiment": "importance_settings",
         "kind": run.kind,
         "setting": run.setting,
         "method": run.method,
@@ -291,6 +287,11 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
         "test_error": curve[-1]["test_error"],
         "share_on": method.metrics()["share_on"] if isinstance(method, ImportanceSampler) else None,
     }
+
+
+def runs_of(records: Sequence[Record], setting: str, method: str, kind: str = "run") -> list[Record]:
+    keys = ("setting", "method", "kind")
+    return [r for r in records if tuple(map(r.get, keys)) == (setting, method, kind)]
 
 
 def measured_R(curve: Sequence[dict[str, Any]]) -> float:
@@ -312,11 +313,10 @@ class Against:
     outcome: str
 
 
-def against_uniform(records: Iterable[dict[str, Any]], setting: str, key: str, *, kind: str = "run") -> Against | None:
+def against_uniform(records: Sequence[Record], setting: str, key: str, *, kind: str = "run") -> Against | None:
     """`key` ("train_loss", "test_error") of a setting's runs: ours of `kind`, and uniform sampling's; None for none."""
-    runs = [r for r in records if r.get("setting") == setting]
-    uniform = [r[key] for r in runs if (r["method"], r["kind"]) == ("uniform", "run")]
-    ours = [r[key] for r in runs if (r["method"], r["kind"]) == ("flopwise", kind)]
+    uniform = [r[key] for r in runs_of(records, setting, "uniform")]
+    ours = [r[key] for r in runs_of(records, setting, "flopwise", kind)]
     if not uniform or not ours:
         return None
     outcome = {"lower": "better", "higher": "worse", "same": "equal"}[difference(ours, uniform)]
