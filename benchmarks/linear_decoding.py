@@ -2,7 +2,7 @@
 
 The cache is there twice: tuned like our own decoder ("cache"), and as one writes it with torch's modules ("modules").
 
-    python benchmarks/linear_decoding.py        one thread, one process, alternating, medians of CPU time; ten minutes
+    python benchmarks/linear_decoding.py        one thread, one process, alternating, medians of CPU time; two minutes
 
 256 wide, 8 layers, 8 heads, feed-forward 1024, vocabulary 256, float32, random weights, inference mode; beside the
 speeds stand those of the matrices alone, which bound them, and what int8 costs the shipped digit model. Appends one
@@ -26,7 +26,7 @@ from flopwise.experiments.linear_baseline import SoftmaxCausalLM
 from flopwise.experiments.linear_speed import measure
 from flopwise.experiments.runner import provenance
 from flopwise.models import LinearCausalLM
-from flopwise.models.decoding import PANEL, Matrix, Packed, Weights, pack
+from flopwise.models.decoding import Matrix, Packed, Weights, pack, pieces
 
 RESULTS = Path(__file__).parent / "results" / "linear_decoding.jsonl"
 SIZE: dict[str, Any] = {"vocab_size": 256, "dim": 256, "depth": 8, "heads": 8, "ff": 1024}
@@ -41,9 +41,7 @@ def matrices(packed: Packed) -> list[Matrix]:
 
 def products(packed: Packed, batch: int) -> Work:
     """The matrix products of a step and nothing else, with torch."""
-    pairs = [
-        (m, torch.ones(batch, m.values.shape[2]), torch.empty(batch, m.rows).split(PANEL, 1)) for m in matrices(packed)
-    ]
+    pairs = [(m, torch.ones(batch, m.values.shape[2]), pieces(torch.empty(batch, m.rows))) for m in matrices(packed)]
 
     def work() -> None:
         for layer in range(len(packed.project.values)):

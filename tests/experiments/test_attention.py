@@ -13,7 +13,8 @@ from flopwise.models import GlimpseClassifier
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "TEST_IMAGES", 4)
-    monkeypatch.setattr(attention, "CURVE_IMAGES", {True: 2, False: 2})
+    monkeypatch.setattr(attention, "CURVE_IMAGES", 2)
+    monkeypatch.setattr(attention, "WHOLE_CURVE_IMAGES", 2)
     monkeypatch.setattr(attention, "CURVE_POINTS", 2)
 
 

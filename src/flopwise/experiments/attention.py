@@ -29,7 +29,7 @@ WHOLE = {"cnn_1": 1, "cnn_2": 2, "cnn_4": 4, "cnn_8": 8}  # the whole image, eac
 TEST_IMAGES = 2000
 TEST_SEED = 1_000_000
 CURVE_POINTS = 10
-CURVE_IMAGES = {True: 500, False: 100}  # for attention sampling, and for networks on whole images, which take long
+CURVE_IMAGES, WHOLE_CURVE_IMAGES = 500, 100  # networks on whole images take long
 CHECKPOINT_SECONDS = 15.0
 ATTENTION_WAITS = 0.07  # share of the budget in which attention stays the prior; it learns at full rate from twice that
 ENTROPY_BONUS = 1e-2  # spreads attention; in one trial no better and no worse than 1e-4
@@ -307,15 +307,16 @@ class TestImages:
 
 def point(model: nn.Module, ledger: Ledger, share: float, record: dict[str, Any], test: TestImages) -> dict[str, Any]:
     """One point of the curves."""
+    glimpses = isinstance(model, GlimpseClassifier)
     found = {
         "share": share,
         "seconds": ledger.seconds,
         "examples": ledger.examples,
         "flops": ledger.flops,
         "train_loss": record["train_loss"],
-        "test_error": test.error(model, limit=CURVE_IMAGES[isinstance(model, GlimpseClassifier)]),
+        "test_error": test.error(model, limit=CURVE_IMAGES if glimpses else WHOLE_CURVE_IMAGES),
     }
-    if isinstance(model, GlimpseClassifier) and model.look.beta is not None:
+    if glimpses and model.look.beta is not None:
         found["beta"] = float(model.look.beta.detach())
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from flopwise.models import LinearCausalLM
-from flopwise.models.decoding import PANEL, pack
+from flopwise.models.decoding import pack, pieces
 
 EPS = 1e-5
 
@@ -100,7 +100,7 @@ class CacheDecoder:
         self.position = 0  # tokens seen
         matrices = (packed.project, packed.up, packed.head)
         self._projected, self._hidden, self._logits = (torch.empty(batch, matrix.rows) for matrix in matrices)
-        self._pieces = [whole.split(PANEL, 1) for whole in (self._projected, self._hidden, self._logits)]
+        self._pieces = list(map(pieces, (self._projected, self._hidden, self._logits)))
 
     def step(self, ids: Int[Tensor, " b"]) -> Float[Tensor, "b vocab"]:
         """Take up one token for each sequence and return the logits of the one that comes next."""
@@ -111,7 +111,7 @@ class CacheDecoder:
         x = packed.embedding[ids]
         if self.table is not None:
             x += self.table[t]
-        into_x = x.split(PANEL, 1)
+        into_x = pieces(x)
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             packed.project.multiply(layer, layer_norm(x, (dim,), eps=EPS), into_projected)
             keys[:, :, t : t + 1], values[:, :, t : t + 1] = qkv[:, 1], qkv[:, 2]

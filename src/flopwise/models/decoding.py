@@ -187,7 +187,7 @@ class Decoder:
                 *(packed.taps, packed.decay, *self._state[:3]),
             ),
         )
-        self._pieces = [whole.split(PANEL, 1) for whole in (self._x, self._projected, self._hidden, self._logits)]
+        self._pieces = list(map(pieces, (self._x, self._projected, self._hidden, self._logits)))
         self._attention = taps, decay, memory, normaliser, recent
         self._between = x, normed, attended, projected, hidden
         if self.backend == "numba":
@@ -240,6 +240,11 @@ class Decoder:
             )
 
 
+def pieces(whole: Float[Tensor, "b rows"]) -> tuple[Float[Tensor, "b _"], ...]:
+    """Views of the outputs of a matrix, for `Matrix.multiply`."""
+    return whole.split(PANEL, 1)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One linear layer of every block: y = scale * (values x) + bias."""
@@ -255,7 +260,7 @@ class Matrix:
     def multiply(
         self, layer: int, x: Float[Tensor, "b columns"], out: tuple[Float[Tensor, "b _"], ...], *, add: bool = False
     ) -> None:
-        """The same for all rows of `x`, by torch, into the pieces of `out.split(PANEL, 1)`; added to them if `add`."""
+        """The same for all rows of `x`, by torch, into the `pieces` of the result; added to them if `add`."""
         for piece, bias, panel in zip(out, *self._panels[layer], strict=True):
             if add:
                 piece.addmm_(x, panel).add_(bias)
