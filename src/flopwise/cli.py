@@ -37,7 +37,7 @@ app.add_typer(audit_app, name="audit")
 
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds each method is trained with; the band in the plots.")]
 Out = Annotated[Path, typer.Option(help="Folder of the records, checkpoints and the page. Run again to go on there.")]
-TRAINED_FLOPS = 2e12  # of each digit model that `demo linear --train` trains; a tenth of the shipped one's
+TRAINED_FLOPS = 2e12  # of each digit model that `demo linear --train` trains; a twentieth of the shipped one's
 
 
 def _show_version(asked: bool) -> None:

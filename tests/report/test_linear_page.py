@@ -17,7 +17,7 @@ DIGIT = [[0, 255], [128, 3]]
 
 
 def speed(batch: int, gain: float) -> dict:
-    rates = {"linear": 100.0 * gain, "cache": 100.0, "no cache": 2.0}
+    rates = {"linear": 100.0 * gain, "cache": 100.0, "modules": 80.0, "no cache": 2.0}
     row = {
         "length": 784,
         "tokens_per_second": rates,
@@ -52,6 +52,8 @@ def test_the_page_shows_pictures_speed_play_and_likelihood(tmp_path):
     assert "up to 4.00 times as fast as softmax with a cache" in text
     assert "<strong>3.50 ×" in text and "<strong>4.00 ×" in text and "175 times as fast as without" in text
     assert "Is this a &lt;dagger&gt;" in text and "0.7100" in text
+    assert text.count("one sequence, softmax, cache in torch&#x27;s modules<") == 1  # a row, and a line in each chart
+    assert text.count(">softmax, cache in torch&#x27;s modules<") >= 2 and ", modules<" not in text
     assert "When not to use linear attention" in text
 
 

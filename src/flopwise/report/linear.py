@@ -32,6 +32,7 @@ LISTS = {
 NAMES = {
     "linear": ("linear, constant state", 1),
     "cache": ("softmax, key-value cache", 0),
+    "modules": ("softmax, cache in torch's modules", 3),
     "no cache": ("softmax, no cache", 2),
 }
 
