@@ -108,8 +108,9 @@ def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
     asked: list[settings.TimedRun] = []
     settings.compare_seconds(["digit_rows", "fashion"], tmp_path)
-    (run,) = asked
+    other, run = asked
     assert (run.method, run.seed, run.rate, run.kind, run.seconds) == ("flopwise", 1, 1e-3, "timed", seconds)
+    assert other == replace(run, method="uniform")
     record = train(run, tmp_path / "no.pt")
     assert record["kind"] == "timed" and seconds <= record["seconds"] < 2 * seconds + 0.5
 
@@ -132,5 +133,6 @@ def test_better_is_beyond_two_standard_errors():
     for losses, outcome in (([0.7, 0.8, 0.9], "better"), ([1.0, 1.1, 1.3], "equal"), ([1.5, 1.6, 1.7], "worse")):
         found = settings.against_uniform([*other, *uniform, *runs("flopwise", losses)], "a", "train_loss")
         assert found is not None and found.outcome == outcome and found.uniform == pytest.approx(1.1)
-    assert settings.against_uniform([*uniform, *runs("flopwise", [1.0])], "a", "train_loss", kind="timed") is None
+    timed = [*uniform, *runs("flopwise", [1.0], "timed")]
+    assert settings.against_uniform(timed, "a", "train_loss", kind="timed") is None
     assert settings.against_uniform(uniform, "a", "train_loss") is None

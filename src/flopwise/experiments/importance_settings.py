@@ -2,7 +2,7 @@
 
     python -m flopwise.experiments.importance_settings audits  FOLDER [SETTING ...]    predictions, before any run
     python -m flopwise.experiments.importance_settings compare FOLDER [SETTING ...]    equal FLOPs, uniform tuned first
-    python -m flopwise.experiments.importance_settings seconds FOLDER [SETTING ...]    ours for uniform's CPU seconds
+    python -m flopwise.experiments.importance_settings seconds FOLDER [SETTING ...]    equal CPU seconds, those of uniform's runs
 
 What came true (`measured_R`, `against_uniform`): the answer was yes if the training loss of ours is lower than uniform
 sampling's at equal FLOPs by two standard errors over seeds; R is the mean, over the share of the budget, of the gate's
@@ -144,13 +144,16 @@ def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METH
         run_all(runs, train, folder, title=name)
 
 
-def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str] = ("flopwise",)) -> None:
-    """For every setting and seed, train `methods` for the CPU seconds that uniform sampling's run took."""
+def compare_seconds(names: Iterable[str], folder: Path) -> None:
+    """For every setting and seed, train uniform sampling and ours for the CPU seconds that uniform sampling's run took.
+
+    Uniform sampling runs again, next to ours: a second of a busier or a quieter machine is another budget.
+    """
     for name in names:
         runs = [
             TimedRun(**{**r["run"], "method": method, "kind": "timed"}, seconds=r["seconds"])
             for r in runs_of(Records(folder).all, name, "uniform")
-            for method in methods
+            for method in ("uniform", "flopwise")
         ]
         run_all(runs, train, folder, title=f"{name}, equal seconds")
 
@@ -314,8 +317,8 @@ class Against:
 
 
 def against_uniform(records: Sequence[Record], setting: str, key: str, *, kind: str = "run") -> Against | None:
-    """`key` ("train_loss", "test_error") of a setting's runs: ours of `kind`, and uniform sampling's; None for none."""
-    uniform = [r[key] for r in runs_of(records, setting, "uniform")]
+    """`key` ("train_loss", "test_error") of a setting's runs of `kind`: ours and uniform sampling's; None for none."""
+    uniform = [r[key] for r in runs_of(records, setting, "uniform", kind)]
     ours = [r[key] for r in runs_of(records, setting, "flopwise", kind)]
     if not uniform or not ours:
         return None
