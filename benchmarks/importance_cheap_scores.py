@@ -1,12 +1,14 @@
 """Cheaper scores: what each costs, and what drawing by it is really worth, against exact gradient norms.
 
-    python benchmarks/importance_cheap_scores.py [PASSES]      about two minutes a pass on one thread
+    python benchmarks/importance_cheap_scores.py [SETTING ...]      one to three minutes a setting on one thread
 
-A small CNN is trained uniformly on augmented Fashion-MNIST, batches of 32, Adam. Along with it, on the same batches,
-learn an exit head after its first or second convolution (a truncated model; the model is not changed) and two narrower
-networks (proxies). Scores remembered from the last pass cost nothing. For each: R = (1 + c r + t) * variance(r) at its
-best r, c the cost of scoring and t that of training the scorer, both relative to training the model on one example.
-Appends one record to benchmarks/results/importance_cheap_scores.jsonl.
+The network of each setting of `flopwise.experiments.importance_settings` is trained uniformly, batches of 16, Adam, for
+the setting's whole budget. Along with it, on the same batches, learn small networks (proxies; one of them on a reduced
+picture) and heads on its first layers (a truncated model; the model is not changed). Scores remembered from the last
+time cost nothing. At a quarter, a half and three quarters of the budget, for each:
+R = (1 + c r + t) * variance(r) at its best r, c the cost of scoring and t that of training the scorer along, both
+relative to training the model on one example. Appends one record a setting to
+benchmarks/results/importance_cheap_scores.jsonl.
 """
 
 import json
@@ -19,25 +21,42 @@ import torch
 from torch import Tensor, nn
 
 from flopwise import Ledger
-from flopwise.experiments.fashion_mnist import augment, load, normalise
-from flopwise.experiments.importance import loss_per_example, small_cnn
+from flopwise.experiments.importance import small_cnn
+from flopwise.experiments.importance_settings import RATIO, SETTINGS, Setting, loss_per_example, passes, uniform_steps
 from flopwise.experiments.runner import provenance
-from flopwise.importance_sampling import gradient_norm_score, relative_variance, upper_bound_score
+from flopwise.importance_sampling import cosine, gradient_norm_score, relative_variance, upper_bound_score
 from flopwise.importance_sampling.gate import RATIOS
 
 RESULTS = Path(__file__).parent / "results" / "importance_cheap_scores.jsonl"
-BATCH, MEASURED = 32, 1200
+MEASURED = 600
+SHARES = (0.25, 0.5, 0.75)
 
 
-def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    return loss_per_example(outputs, (None, targets))
+class Exit(nn.Module):
+    """A linear layer on the mean over squares of a model's first layers, whose gradient stops there."""
+
+    def __init__(self, model: nn.Sequential, depth: int, channels: int) -> None:
+        super().__init__()
+        self.first = [model[:depth]]  # in a list: not its own
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.first[0](x)
+        return self.head(hidden)
 
 
-def exit_head(channels: int, generator: torch.Generator) -> nn.Module:
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, 10))
-    nn.init.normal_(head[2].weight, std=0.01, generator=generator)  # type: ignore[arg-type]
-    nn.init.zeros_(head[2].bias)  # type: ignore[arg-type]
-    return head
+def scorers(setting: Setting, model: nn.Module) -> dict[str, nn.Module]:
+    """What learns along."""
+    found = {"the setting's proxy": setting.proxy(0)} if setting.proxy else {}
+    if isinstance(model, nn.Sequential):  # the small CNN
+        found |= {
+            "proxy of width 4 (the model: 24)": small_cnn(1, 4),
+            "proxy of width 8": small_cnn(1, 8),
+            "exit after convolution 1": Exit(model, 2, 24),
+            "exit after convolution 2": Exit(model, 4, 48),
+        }
+    return found
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -46,82 +65,86 @@ def flops(work: Callable[[], Any]) -> int:
     return ledger.flops
 
 
-def main(passes: int) -> None:
-    torch.set_num_threads(1)
-    images, _ = load()
-    model = small_cnn(0)
-    generator = torch.Generator().manual_seed(0)
-    heads = {
-        "exit after convolution 1": (2, exit_head(24, generator)),
-        "exit after convolution 2": (4, exit_head(48, generator)),
+def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return loss_per_example(outputs, (targets, targets, targets))
+
+
+@torch.no_grad()
+def scores_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    pieces = zip(x.split(100), y.split(100), strict=True)
+    return torch.cat([upper_bound_score(model(inputs), targets, loss) for inputs, targets in pieces])
+
+
+def measure(
+    setting: Setting, model: nn.Module, beside: dict[str, nn.Module], x: Tensor, y: Tensor, remembered: Tensor
+) -> dict[str, Any]:
+    """c, t, the best r and R of every score, on one large batch."""
+    model.eval()  # an example has no gradient of its own with batch statistics
+    norms = gradient_norm_score(model, x, y, loss, chunk=8)
+    few, targets = x[: setting.batch_size], y[: setting.batch_size]
+
+    def step(network: nn.Module) -> int:
+        spent = flops(lambda: loss(network(few), targets).mean().backward())
+        network.zero_grad()
+        return spent
+
+    rows: dict[str, tuple[Tensor, float, float]] = {
+        "exact gradient norms, free": (norms, 0.0, 0.0),
+        "remembered from the last time": (remembered, 0.0, 0.0),
     }
-    proxies = {f"proxy of width {width}": small_cnn(1, width) for width in (4, 8)}
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    beside = [*(head for _, head in heads.values()), *proxies.values()]
-    beside_optimizer = torch.optim.Adam([p for module in beside for p in module.parameters()], 2e-3)
-    remembered = torch.full((len(images),), float("nan"))
+    for name, scorer in {"the model": model, **beside}.items():
+        with torch.no_grad():
+            c = flops(lambda scorer=scorer: scorer(few)) / step(model)
+        t = 0.0 if scorer is model else step(scorer) / step(model)
+        rows[name] = (scores_of(scorer, x, y), c, t)
+    model.train()
+    found = {}
+    for name, (score, c, t) in rows.items():
+        at = {r: (1 + c * r + t) * relative_variance(score, r, norms=norms) for r in RATIOS if r <= RATIO}
+        best = min(at, key=at.__getitem__)
+        rank = torch.corrcoef(torch.stack([score, norms]).argsort(1).argsort(1).double())[0, 1]
+        found[name] = {"c": c, "t": t, "rank_correlation": float(rank), "r": best, "R": at[best]}
+        print(f"  {name:<32}" + "  ".join(f"{key} {value:.3f}" for key, value in found[name].items()), flush=True)
+    return {"tau2": float(norms.square().mean() / norms.mean() ** 2), "scores": found}
 
-    def scorers(x: Tensor) -> dict[str, Callable[[], Tensor]]:
-        return {"the model": lambda: model(x)} | {
-            name: (lambda depth=depth, head=head: head(model[:depth](x))) for name, (depth, head) in heads.items()
-        } | {name: (lambda proxy=proxy: proxy(x)) for name, proxy in proxies.items()}  # fmt: skip
 
-    for _ in range(passes):
-        for index in torch.randperm(len(images), generator=generator).split(BATCH):
-            x, y = augment(normalise(images.pixels[index]), generator), images.labels[index]
+def main(name: str) -> None:
+    setting = SETTINGS[name]
+    data, model = setting.data(), setting.model(0)
+    rate = sorted(setting.rates)[len(setting.rates) // 2]
+    beside = scorers(setting, model)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    beside_optimizer = torch.optim.Adam([p for module in beside.values() for p in module.parameters()], 2e-3)
+    remembered = torch.full((len(data.train_y),), float("nan"))
+    steps, done = uniform_steps(setting), 0
+    batches = iter(passes(setting, data, size=setting.batch_size, seed=0))
+    stages = []
+    for share in SHARES:
+        while done < share * steps:
+            x, y, index = next(batches)
             outputs = model(x)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * cosine(done / steps)
             loss(outputs, y).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             remembered[index] = upper_bound_score(outputs, y, loss)
-            total = torch.zeros(())
-            for depth, head in heads.values():
-                with torch.no_grad():
-                    hidden = model[:depth](x)
-                total = total + loss(head(hidden), y).mean()
-            for proxy in proxies.values():
-                total = total + loss(proxy(x), y).mean()
-            total.backward()
+            torch.stack([loss(scorer(x), y).mean() for scorer in beside.values()]).sum().backward()
             beside_optimizer.step()
             beside_optimizer.zero_grad()
-
-    index = torch.randperm(len(images), generator=generator)[:MEASURED]
-    x, y = augment(normalise(images.pixels[index]), generator), images.labels[index]
-    norms = gradient_norm_score(model, x, y, loss, chunk=16)
-
-    def spent(module: nn.Module, data: Tensor) -> int:
-        return flops(lambda: loss(module(data), y[: len(data)]).mean().backward())
-
-    step = spent(model, x[:BATCH])
-    rows: dict[str, dict[str, float]] = {}
-    with torch.no_grad():
-        for name, outputs in scorers(x).items():
-            rows[name] = {"scores": upper_bound_score(outputs(), y, loss), "c": 0.0, "t": 0.0}  # type: ignore[dict-item]
-        for name, outputs in scorers(x[:BATCH]).items():
-            rows[name]["c"] = flops(outputs) / step
-    for name, (depth, head) in heads.items():
-        hidden = model[:depth](x[:BATCH]).detach()
-        rows[name]["t"] = spent(head, hidden) / step
-    for name, proxy in proxies.items():
-        rows[name]["t"] = spent(proxy, x[:BATCH]) / step
-    rows["remembered from the last pass"] = {"scores": remembered[index], "c": 0.0, "t": 0.0}  # type: ignore[dict-item]
-    rows["exact gradient norms, free"] = {"scores": norms, "c": 0.0, "t": 0.0}  # type: ignore[dict-item]
-
-    found = {}
-    for name, row in rows.items():
-        scores: Any = row["scores"]
-        at = {r: (1 + row["c"] * r + row["t"]) * relative_variance(scores, r, norms=norms) for r in RATIOS}
-        best = min(at, key=at.__getitem__)
-        rank = torch.corrcoef(torch.stack([scores, norms]).argsort(1).argsort(1).double())[0, 1]
-        found[name] = {"c": row["c"], "t": row["t"], "rank correlation": float(rank), "r": best, "R": at[best]}
-        found[name]["variance"] = relative_variance(scores, best, norms=norms)
-        print(f"{name:<32}" + "  ".join(f"{key} {value:.3f}" for key, value in found[name].items()), flush=True)
-    tau2 = float(norms.square().mean() / norms.mean() ** 2)
-    print(f"after {passes} passes; tau^2 of the exact norms {tau2:.2f}")
-    record = {"benchmark": "importance_cheap_scores", "passes": passes, "tau2": tau2, "scores": found}
+            done += 1
+        generator = torch.Generator().manual_seed(0)
+        some = torch.randperm(len(data.train_y), generator=generator)[:MEASURED]
+        scores = remembered[some].nan_to_num(float(remembered.nanmean()))
+        print(f"{name}, {share:.0%} of the budget", flush=True)
+        x, y = setting.inputs(data.train_x[some], generator), data.train_y[some]
+        stages.append({"share": share, **measure(setting, model, beside, x, y, scores)})
+    record = {"benchmark": "importance_cheap_scores", "setting": name, "rate": rate, "stages": stages}
     with RESULTS.open("a") as file:
         file.write(json.dumps(record | provenance()) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or [name for name, setting in SETTINGS.items() if setting.proxy]:
+        main(name)

@@ -24,13 +24,13 @@ class endless(Generic[T]):
             self.load_state_dict = loader.load_state_dict  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[T]:
-        while True:
-            empty = True
+        empty = 0
+        while empty < 2:  # what is left of a resumed pass may be nothing
+            empty += 1
             for batch in self.loader:
-                empty = False
+                empty = 0
                 yield batch
-            if empty:
-                raise ValueError("the loader yielded nothing in a whole pass: is it an iterator that was used up?")
+        raise ValueError("the loader yielded nothing in a whole pass: is it an iterator that was used up?")
 
 
 class Examples:

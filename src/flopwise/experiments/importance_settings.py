@@ -2,7 +2,7 @@
 
     python -m flopwise.experiments.importance_settings audits  FOLDER [SETTING ...]    predictions, before any run
     python -m flopwise.experiments.importance_settings compare FOLDER [SETTING ...]    equal FLOPs, uniform tuned first
-    python -m flopwise.experiments.importance_settings seconds FOLDER [SETTING ...]    equal CPU seconds, those of uniform's runs
+    python -m flopwise.experiments.importance_settings seconds FOLDER [SETTING ...]    equal CPU seconds, uniform's
 
 What came true (`measured_R`, `against_uniform`): the answer was yes if the training loss of ours is lower than uniform
 sampling's at equal FLOPs by two standard errors over seeds; R is the mean, over the share of the budget, of the gate's
@@ -61,7 +61,7 @@ TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees we
 AUDITED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the budget
 EARTH_CLASSES = ("ocean", "coast", "land", "lake")
 METHODS = (
-    "uniform", "flopwise", "random_subset", "loss", "history", "infobatch", "selective_backprop",
+    "uniform", "flopwise", "flopwise_proxy", "random_subset", "loss", "history", "infobatch", "selective_backprop",
     "online_batch_selection",
 )  # fmt: skip
 
@@ -86,6 +86,7 @@ class Setting:
         inputs: (stored examples, generator) -> what the network reads; without a generator, not augmented.
         flops: of every run.
         rates: of Adam, the grid on which uniform sampling is tuned; it grows where the best is on its edge.
+        proxy: seed -> a small network for the same task, for scores that cost little; None beside batch normalisation.
     """
 
     data: Callable[[], Data]
@@ -94,6 +95,7 @@ class Setting:
     batch_size: int
     flops: float
     rates: tuple[float, ...]
+    proxy: Callable[[int], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METH
     for name in names:
         tuned = tune(name, folder)
         records = Records(folder)
-        runs = [replace(tuned, kind="run", method=method, seed=seed) for seed in range(seeds) for method in methods]
+        able = [method for method in methods if method != "flopwise_proxy" or SETTINGS[name].proxy is not None]
+        runs = [replace(tuned, kind="run", method=method, seed=seed) for seed in range(seeds) for method in able]
         for run in runs:  # the best cell of the grid is uniform's run with seed 0
             if run.method == "uniform" and run.seed == 0 and records.find(run) is None:
                 records.add(run, {**(records.find(tuned) or {}), "kind": "run"})
@@ -215,7 +218,7 @@ def loss_per_example(outputs: Float[Tensor, "b classes"], batch: tuple[Tensor, T
 
 
 def make_method(
-    run: Run, model: nn.Module, examples: int, progress: Callable[[], float]
+    run: Run, model: nn.Module, proxy: nn.Module | None, examples: int, progress: Callable[[], float]
 ) -> Baseline | ImportanceSampler:
     """What decides which examples are trained on."""
     size = SETTINGS[run.setting].batch_size
@@ -224,6 +227,7 @@ def make_method(
     make: dict[str, Callable[..., Any]] = {
         "uniform": Uniform,
         "flopwise": ImportanceSampler,
+        "flopwise_proxy": partial(ImportanceSampler, proxy=proxy and (lambda batch: proxy(batch[0]))),
         "random_subset": RandomSubset,
         "loss": loss_based,
         "history": partial(History, **remembered),
@@ -239,10 +243,11 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
     del checkpoint
     setting = SETTINGS[run.setting]
     data, model = setting.data(), setting.model(run.seed)
-    optimizer = torch.optim.Adam(model.parameters(), run.rate)
+    proxy = setting.proxy(run.seed) if setting.proxy and run.method == "flopwise_proxy" else None
+    optimizer = torch.optim.Adam([*model.parameters(), *(proxy.parameters() if proxy else ())], run.rate)
     budget = Budget(seconds=run.seconds) if isinstance(run, TimedRun) else Budget(flops=run.flops)
     ledger = CpuLedger()
-    method = make_method(run, model, len(data.train_y), lambda: budget.share(ledger))
+    method = make_method(run, model, proxy, len(data.train_y), lambda: budget.share(ledger))
     batches = method.batches(passes(setting, data, size=RATIO * setting.batch_size, seed=run.seed))
     curve: list[dict[str, Any]] = []
 
@@ -400,6 +405,23 @@ def efficientnet(seed: int) -> nn.Module:
     return model
 
 
+def half_resolution(seed: int) -> nn.Module:
+    """One convolution and two linear layers on half the resolution: a hundredth of the small CNN's work."""
+    model = nn.Sequential(
+        nn.AvgPool2d(2),
+        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 7 * 7, 32),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator) if p.ndim > 1 else nn.init.zeros_(p)
+    return model
+
+
 # Data
 
 
@@ -507,22 +529,28 @@ def _require(package: str, requirement: str) -> Path:
     return Path(spec.origin).parent
 
 
+def transformer_of_rows(seed: int, width: int = 64) -> nn.Module:
+    return SmallTransformer(nn.Linear(28, width), length=28, classes=10, seed=seed, width=width)
+
+
+def transformer_of_words(seed: int, width: int = 64) -> nn.Module:
+    embed = nn.Embedding(WORDS, width, padding_idx=0)
+    return SmallTransformer(embed, length=LENGTH, classes=12, seed=seed, width=width)
+
+
+small_of_rows, small_of_words = partial(transformer_of_rows, width=16), partial(transformer_of_words, width=16)
+
 SETTINGS = {
-    "fashion": Setting(fashion, small_cnn, fashion_inputs, 16, 1.5e12, (0.0005, 0.001, 0.002)),
+    "fashion": Setting(fashion, small_cnn, fashion_inputs, 16, 1.5e12, (0.0005, 0.001, 0.002), half_resolution),
     "label_noise": Setting(
-        partial(fashion, noise=0.2), small_cnn, fashion_inputs, 16, 1.5e12, (0.00025, 0.0005, 0.001, 0.002)
+        partial(fashion, noise=0.2),
+        small_cnn, fashion_inputs, 16, 1.5e12, (0.00025, 0.0005, 0.001, 0.002), half_resolution,
     ),
-    "long_tail": Setting(partial(fashion, tail=50.0), small_cnn, fashion_inputs, 16, 1e12, (0.0005, 0.001, 0.002)),
-    "digit_rows": Setting(
-        handwritten,
-        lambda seed: SmallTransformer(nn.Linear(28, 64), length=28, classes=10, seed=seed),
-        rows, 16, 1e12, (0.0005, 0.001, 0.002),
+    "long_tail": Setting(
+        partial(fashion, tail=50.0), small_cnn, fashion_inputs, 16, 1e12, (0.0005, 0.001, 0.002), half_resolution
     ),
-    "topics": Setting(
-        topics,
-        lambda seed: SmallTransformer(nn.Embedding(WORDS, 64, padding_idx=0), length=LENGTH, classes=12, seed=seed),
-        words, 16, 1e12, (0.0005, 0.001, 0.002),
-    ),
+    "digit_rows": Setting(handwritten, transformer_of_rows, rows, 16, 1e12, (0.0005, 0.001, 0.002), small_of_rows),
+    "topics": Setting(topics, transformer_of_words, words, 16, 1e12, (0.0005, 0.001, 0.002), small_of_words),
     "earth_tiles": Setting(earth_tiles, efficientnet, tiles, 16, 5e11, (0.0005, 0.001, 0.002)),
 }  # fmt: skip
 

@@ -44,14 +44,27 @@ class Gate:
         """Learn from the scores of a whole presample (uniform data, sampled from or not) and return their tau^2."""
         return self.learn(self.evidence(scores))
 
-    def evidence(self, scores: Float[Tensor, " n"]) -> list[float]:
+    def evidence(
+        self,
+        scores: Float[Tensor, " n"],
+        true: Float[Tensor, " n"] | None = None,
+        counts: Float[Tensor, " n"] | None = None,
+    ) -> list[float]:
         """What a presample's scores say, in numbers that add up over ranks: n, sum S, sum S^2 and, for every ratio, the
-        variance of a draw from it, sum S^2 * relative_variance. Local draws are independent: their variances add."""
+        variance of a draw from it, sum S^2 * relative_variance. Local draws are independent: their variances add.
+
+        Args:
+            scores: draw.
+            true: S, of those whose count is above 0, where `scores` come from elsewhere.
+            counts: how many of the n each of `true` stands for, in expectation 1 (Horvitz & Thompson).
+        """
         if len(scores) == 0:
             return [0.0] * (3 + len(RATIOS))
-        squares = float(scores.double().square().sum())
-        variances = relative_variances(scores, _RATIOS, self.draw, self.smoothing, scores)
-        return [len(scores), float(scores.double().sum()), squares, *(squares * variances).tolist()]
+        true = (scores if true is None else true).double()
+        first, second = (true, true.square()) if counts is None else (counts * true, counts * true.square())
+        squares = float(second.sum())
+        variances = relative_variances(scores, _RATIOS, self.draw, self.smoothing, second.sqrt())
+        return [len(scores), float(first.sum()), squares, *(squares * variances).tolist()]
 
     def learn(self, evidence: list[float]) -> float:
         """Learn from the evidence of one presample, or the sum of several ranks', and return its tau^2."""

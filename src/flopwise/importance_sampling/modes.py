@@ -54,12 +54,7 @@ def scoring(models: list[nn.Module], *, statistics: bool = True) -> Iterator[Non
 @contextmanager
 def statistics_frozen(models: list[nn.Module]) -> Iterator[None]:
     """Batch normalisation uses the batch and leaves its running statistics alone: a drawn batch is not uniform."""
-    norms = [
-        module
-        for model in models
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
-    ]
+    norms = tracked_norms(models)
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -67,3 +62,13 @@ def statistics_frozen(models: list[nn.Module]) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+def tracked_norms(models: list[nn.Module]) -> list[_BatchNorm]:
+    """The batch normalisation that is in training and keeps statistics."""
+    return [
+        module
+        for model in models
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
+    ]

@@ -16,13 +16,28 @@ from flopwise.core.batch import Examples
 from flopwise.core.ledger import Cost, Ledger, active_ledger
 from flopwise.importance_sampling.draw import Draw, draw_with_replacement, draw_without_replacement, probabilities
 from flopwise.importance_sampling.gate import Gate, GateRule
-from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen
+from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen, tracked_norms
 from flopwise.importance_sampling.ranks import Ranks
 from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
 
 LEARNED_EACH, POOLED = 40, 8  # while off: the gate learns from each of the first presamples, then from so many at once
 MANY = 2**20  # numbers: gradients at the outputs are kept up to here, then turned into scores
 TIMED_STEPS = 10  # with cost="seconds": timings of each kind before their medians are frozen
+
+
+@dataclass
+class CheapDraw:
+    """How a batch was drawn by a proxy's scores: what the gate learns from, once the batch's true scores are known."""
+
+    scores: Float[Tensor, " n"]
+    where: Int[Tensor, " b"]
+    counts: Float[Tensor, " b"]  # how many of the n each stands for, 1 / pi
+
+    def seen(self, true: Float[Tensor, " b"]) -> Float[Tensor, "3 n"]:
+        """Scores, true scores (0: not seen) and counts, as `Gate.evidence` takes them."""
+        norms, counts = torch.zeros(2, len(self.scores))
+        norms[self.where] = true
+        return torch.stack([self.scores, norms, counts.index_add(0, self.where, self.counts)])
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class WeightedBatch:
         drawn: whether this batch was drawn by importance; otherwise every example of the presample is trained on.
         positions: mean number of unmasked positions of the presample's examples, when the loss has a mask.
         examples: `data` taken apart, for the ledger.
+        by: with a proxy, how it was drawn.
     """
 
     data: Any
@@ -44,6 +60,10 @@ class WeightedBatch:
     drawn: bool
     positions: float | None = None
     examples: Examples | None = field(default=None, repr=False, compare=False)
+    by: CheapDraw | None = field(default=None, repr=False, compare=False)
+
+
+_Output = tuple[Tensor, float | Tensor, CheapDraw | None]
 
 
 class ImportanceSampler:
@@ -76,6 +96,11 @@ class ImportanceSampler:
         smoothing: share of the uniform distribution in p, 0 to 1; caps every weight at 1 / smoothing.
         seed: of the draws.
         score: (outputs, data) -> (b,), in place of the upper bound; for instance a closed form for a large vocabulary.
+        proxy: data -> outputs of a small network for the same task. Its scores draw, in place of the model's, and cost
+            next to nothing; it learns along in `loss`, so give its parameters to the optimizer too. What its draw is
+            worth the gate takes from the model's own gradients in the steps, not from the proxy's opinion. Presamples
+            may then be larger. Under DDP wrap it as well. Not for a model whose batch normalisation is in training:
+            no uniform data would reach its statistics.
         model: the module or modules that `forward` runs; needed when they cannot be seen from it.
         accumulate: batches per optimizer step; the gate is constant within such a window.
         weight_exponent: below 1 flattens the weights to w^k, scaled so that sum w S is kept. **Biased**, and opt-in.
@@ -85,7 +110,8 @@ class ImportanceSampler:
             equal size and number; wrap the model first and let `forward` call the wrapped one.
 
     Raises:
-        ValueError: an argument outside its range; a loss that is reduced; scores that are not finite (see `batches`).
+        ValueError: an argument outside its range; a loss that is reduced; scores that are not finite (see `batches`); a
+            proxy beside batch normalisation.
 
     Source: Katharopoulos & Fleuret, ICML 2018 (the score, Algorithm 1); the draw without replacement, the cost-aware
     gate and the free choice of r are ours, see the README beside this file.
@@ -103,6 +129,7 @@ class ImportanceSampler:
         smoothing: float = 0.1,
         seed: int = 0,
         score: Callable[[Tensor, Any], Tensor] | None = None,
+        proxy: Callable[[Any], Tensor] | None = None,
         model: nn.Module | list[nn.Module] | None = None,
         accumulate: int = 1,
         weight_exponent: float = 1.0,
@@ -131,6 +158,14 @@ class ImportanceSampler:
         self.draw: Draw = draw
         self.callback = callback
         self.models = find_models(forward) if model is None else [model] if isinstance(model, nn.Module) else model
+        self.proxy = proxy
+        self._scorers = self.models if proxy is None else find_models(proxy)
+        _require(
+            proxy is None or not tracked_norms(self.models),
+            "with a proxy the model sees drawn batches only, and its batch normalisation keeps statistics of uniform "
+            "ones; got a model with batch normalisation in training. Put those layers in eval() first, or leave out "
+            "proxy.",
+        )
         self._gate = Gate(gate, draw, smoothing)
         self._ranks = Ranks(group)
         # torch's generator looks at 32 bits of a seed
@@ -138,9 +173,11 @@ class ImportanceSampler:
         self._ledger = Ledger()  # costs are measured even when the user keeps no ledger
         self._costs = _Costs(timed=cost == "seconds")
         self._common_cost: float | None = None  # c over all ranks, as of when the gate last learned
-        self._scores: list[Tensor] = []  # not yet learned from
-        self._outputs: list[tuple[Tensor, float | Tensor]] = []  # of plain steps, and what scales their gradients
-        self._gradients: list[tuple[Tensor, float | Tensor]] = []  # at those outputs, not yet turned into scores
+        self._scores: list[Tensor] = []  # not yet learned from: what `Gate.evidence` takes
+        self._outputs: list[
+            tuple[Tensor, float | Tensor, CheapDraw | None]
+        ] = []  # of steps; what scales their gradients
+        self._gradients: list[tuple[Tensor, float | Tensor, CheapDraw | None]] = []  # there, not yet turned into scores
         self._unlearned = 0  # presamples whose scores wait for the gate
         self._last: dict[str, float] = {"tau2": 1.0, "ess": 0.0}
         self._largest_weight = 1.0
@@ -196,7 +233,8 @@ class ImportanceSampler:
     @contextmanager
     def step(self, batch: WeightedBatch) -> Iterator[None]:
         """Train on `batch` inside: for trainers that fetch with `draws`. `batches` does both."""
-        statistics = statistics_frozen(self.models) if batch.drawn else nullcontext()  # what is drawn is not uniform
+        modules = [*self.models, *self._scorers]
+        statistics = statistics_frozen(modules) if batch.drawn else nullcontext()  # what is drawn is not uniform
         with self._phase("training", _examples(batch)) as self._open_step:
             with statistics:
                 yield
@@ -219,6 +257,7 @@ class ImportanceSampler:
 
         A presample no larger than `batch_size` comes back whole, with weights 1.
         """
+        self._keep_gradients()
         examples = Examples(presample)
         batch = self._draw(examples, slice(0, len(examples)))
         self._learn()
@@ -230,25 +269,45 @@ class ImportanceSampler:
         Losses of shape (b, T) are averaged over T. With a mask an example's loss is the sum over its unmasked positions
         over the presample's mean number of them: dividing by the positions that happen to be drawn would be biased.
         In a plain batch that is the usual mean over the batch's positions, and its examples are scored from the
-        gradient that reaches the outputs in the backward pass.
+        gradient that reaches the outputs in the backward pass. With a proxy the gradient is that of its loss as well,
+        the value is not.
         """
-        record = not batch.drawn and self._gate.rule != "never" and torch.is_grad_enabled() and outputs.requires_grad
+        learns = self._gate.rule != "never" and torch.is_grad_enabled() and outputs.requires_grad
+        record = learns and (self.proxy is not None or not batch.drawn)
         if record:
             outputs = outputs.view_as(outputs)  # an alias: its gradient is this loss's alone, without regularisers
+        value, positions = self._mean(outputs, batch)
+        drawn = None
+        if record and self.proxy is not None:
+            cheap = self.proxy(batch.data)
+            own = self._mean(cheap, batch)[0]
+            value = value + (own - own.detach())
+            drawn = batch.by or self._whole(cheap.detach(), batch.data)
+        if record and self.score is None:
+            outputs.retain_grad()
+            scale = len(batch.weights) * positions
+            self._outputs.append((outputs, scale / batch.weights if batch.drawn else scale, drawn))
+        elif record:
+            scores = self._scores_of(outputs.detach(), batch.data)[0]
+            self._scores.append(scores if drawn is None else drawn.seen(scores))
+        return value
+
+    def _whole(self, cheap: Tensor, data: Any) -> CheapDraw:
+        """A plain batch, in which every example stands for itself."""
+        scores = self._scores_of(cheap, data)[0]
+        return CheapDraw(scores, torch.arange(len(scores)), torch.ones(len(scores)))
+
+    def _mean(self, outputs: Tensor, batch: WeightedBatch) -> tuple[Float[Tensor, ""], float | Tensor]:
+        """The loss of a batch, and over how many positions an example's is averaged."""
         losses, mask = split_losses(self.loss_per_example(outputs, batch.data), len(batch.weights))
-        positions = 1.0
+        positions: float | Tensor = 1.0
         if mask is not None:
             positions = mask.sum() / len(mask) if batch.positions is None else batch.positions
             losses = losses.flatten(1).sum(1) / positions if losses.ndim > 1 else losses / positions
         elif losses.ndim > 1:
             positions = losses[0].numel()
             losses = losses.flatten(1).mean(1)
-        if record and self.score is None:
-            outputs.retain_grad()
-            self._outputs.append((outputs, len(batch.weights) * positions))
-        elif record:
-            self._scores.append(self._scores_of(outputs.detach(), batch.data)[0])
-        return (batch.weights * losses).mean() if batch.drawn else losses.mean()
+        return (batch.weights * losses).mean() if batch.drawn else losses.mean(), positions
 
     @property
     def rate_scale(self) -> float:
@@ -320,7 +379,7 @@ class ImportanceSampler:
             "generator": self._generator.get_state(),
             "costs": self._costs.state_dict(),
             "common_cost": self._common_cost,
-            "scores": torch.cat(self._scores) if self._scores else torch.empty(0),
+            "scores": self._unlearned_scores(),
             "unlearned": self._unlearned,
             "last": dict(self._last),
             "largest_weight": self._largest_weight,
@@ -336,7 +395,7 @@ class ImportanceSampler:
         self._generator.set_state(state["generator"])
         self._costs.load_state_dict(state["costs"])
         self._common_cost = state["common_cost"]
-        self._scores = [state["scores"]] if len(state["scores"]) else []
+        self._scores = [state["scores"]] if state["scores"].numel() else []
         self._unlearned = state["unlearned"]
         self._last, self._largest_weight = dict(state["last"]), state["largest_weight"]
         self._steps, self._steps_drawn = state["steps"]
@@ -396,22 +455,24 @@ class ImportanceSampler:
             return _plain(presample, piece.start, piece.stop - piece.start)[-1]
         candidates = presample[piece]
         scores, positions = self._score(candidates)
-        self._scores.append(scores)
+        if self.proxy is None:
+            self._scores.append(scores)
         p = probabilities(scores, self._gate.smoothing)
         draw = draw_without_replacement if self.draw == "without_replacement" else draw_with_replacement
         indices, weights = draw(p, draws, self._generator)
+        by = None if self.proxy is None else CheapDraw(scores, indices, weights.float() * (len(scores) / draws))
         if self.weight_exponent < 1:
             weights = _flattened(weights, scores[indices], self.weight_exponent)
         self._largest_weight = float(weights.max())
         drawn = candidates[indices]
         weights = weights.to(drawn.device, torch.float32)
-        return WeightedBatch(drawn.data, weights, indices + piece.start, True, positions, drawn)
+        return WeightedBatch(drawn.data, weights, indices + piece.start, True, positions, drawn, by)
 
     def _score(self, examples: Examples, *, statistics: bool = True) -> tuple[Float[Tensor, " n"], float | None]:
         """The scores of `examples` and, when the loss has a mask, their mean number of unmasked positions."""
         data = examples.data
-        with scoring(self.models, statistics=statistics), torch.no_grad(), self._phase("scoring", examples) as cost:
-            outputs = self.forward(data)
+        with scoring(self._scorers, statistics=statistics), torch.no_grad(), self._phase("scoring", examples) as cost:
+            outputs = (self.proxy or self.forward)(data)
             scores, mask = self._scores_of(outputs, data)
         self._costs.add("scoring", cost)
         self._flops["scoring"] += cost.flops
@@ -431,27 +492,32 @@ class ImportanceSampler:
         return scores.detach().float().cpu(), mask
 
     def _keep_gradients(self) -> None:
-        """Of the outputs of a plain step only the gradient is kept: the graph behind them can go."""
-        for outputs, scale in self._outputs:
+        """Of the outputs of a step only the gradient is kept: the graph behind them can go."""
+        for outputs, scale, drawn in self._outputs:
             if outputs.grad is not None:
-                self._gradients.append((outputs.grad, scale))
+                self._gradients.append((outputs.grad, scale, drawn))
         self._outputs.clear()
-        if sum(gradient.numel() for gradient, _ in self._gradients) > MANY:
+        if sum(gradient.numel() for gradient, *_ in self._gradients) > MANY:
             self._score_gradients()
 
     def _score_gradients(self) -> None:
         """Many steps' gradients at once: right after a step of the network this costs ten times as much."""
-        self._scores += [(scale * score_from_gradient(gradient)).cpu() for gradient, scale in self._gradients]
+        for gradient, scale, drawn in self._gradients:
+            scores = (scale * score_from_gradient(gradient)).cpu()
+            self._scores.append(scores if drawn is None else drawn.seen(scores))
         self._gradients.clear()
+
+    def _unlearned_scores(self) -> Tensor:
+        return torch.cat(self._scores, -1) if self._scores else torch.empty(0)
 
     def _learn(self) -> None:
         """Update the gate with the scores of the presample that was used up; while it is off, of several at once."""
         self._unlearned += 1
         if self._gate.on or self._gate.updates < LEARNED_EACH or self._unlearned >= POOLED:
             self._score_gradients()
-            scores = torch.cat(self._scores) if self._scores else torch.empty(0)
-            scores = scores[scores.isfinite()]  # what a GradScaler overflowed says nothing about the examples
-            evidence = self._gate.evidence(scores)
+            seen = torch.atleast_2d(self._unlearned_scores())
+            seen = seen[:, seen.isfinite().all(0)]  # what a GradScaler overflowed says nothing about the examples
+            evidence = self._gate.evidence(*seen)
             if self._ranks.count > 1 and self._gate.rule != "never":
                 evidence = self._agree(evidence)
             if evidence[0] > 0:
