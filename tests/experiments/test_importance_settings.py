@@ -108,7 +108,7 @@ def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
     asked: list[settings.TimedRun] = []
     settings.compare_seconds(["digit_rows", "fashion"], tmp_path)
-    other, run = asked
+    other, run, _ = asked
     assert (run.method, run.seed, run.rate, run.kind, run.seconds) == ("flopwise", 1, 1e-3, "timed", seconds)
     assert other == replace(run, method="uniform")
     record = train(run, tmp_path / "no.pt")
