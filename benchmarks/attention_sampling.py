@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results" / "attention_sampling.jsonl"
 POSITIONS, SAMPLES, WIDTH, PEAKS, DRAWS = 2500, 10, 32, 5, 4000
 SHARES = {"peaked": 0.9, "diffuse": 0.0}  # of the mass on the peaks
 SIDES = (752, 1504, 3000)  # pixels, multiples of 8
-WHOLE = ("cnn_1", "cnn_2", "cnn_4")
+WHOLE = ("cnn_1", "cnn_2", "cnn_4", "lowres_4", "lowres_8")
 
 
 def monte_carlo(share: float) -> dict[str, dict[str, float]]:

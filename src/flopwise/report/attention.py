@@ -21,6 +21,8 @@ NAMES = {
     "des_raj": "attention sampling (Des Raj)",
     "replacement": "attention sampling, with replacement (the paper)",
     "replacement_loo": "attention sampling, with replacement and baseline",
+    "lowres_8": "a network made for the image at 1/8",
+    "lowres_4": "a network made for the image at 1/4",
     "cnn_1": "the whole image",
     "cnn_2": "the whole image at 1/2",
     "cnn_4": "the whole image at 1/4",
@@ -90,7 +92,7 @@ def _error(runs: Sequence[Record]) -> tuple[float, float | None]:
 
 
 def _verdict(runs: dict[str, list[Record]], tuned: set[str]) -> Section:
-    whole = [method for method in runs if method.startswith("cnn")]
+    whole = [method for method in runs if method.startswith(("cnn", "lowres"))]
     if OURS not in runs or not whole:
         return Section(
             "Attention sampling", paragraph("The comparison is not finished; the same command goes on.", "lead")
