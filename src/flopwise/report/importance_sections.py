@@ -26,8 +26,6 @@ from flopwise.report.page import Section, bullets, cards, paragraph, side_by_sid
 from flopwise.report.records import Record, finite, where_measured
 from flopwise.report.words import capital, distinct, flop_unit, flops_text, number, plural, times
 
-COLOURS = {method: colour for colour, method in enumerate(LABELS)}
-
 
 def sections(records: Sequence[Record]) -> list[Section]:
     """Verdict, results, curves, gate, cost, tuning, limits, method; what has no data is left out or says so."""
@@ -104,8 +102,8 @@ def _results(records: Sequence[Record], selection: Selection) -> Section:
 def _curves(selection: Selection) -> Section:
     divisor, unit = flop_unit(max(total_flops(r) for runs in selection.methods.values() for r in runs))
     x = Axis("FLOPs spent", unit, low=0)
-    losses = _lines(selection.methods, "flops", "train_loss", x_scale=1 / divisor)
-    errors = _lines(selection.methods, "flops", "test_error", x_scale=1 / divisor, y_scale=100)
+    losses = lines(selection.methods, LABELS, "flops", "train_loss", x_scale=1 / divisor)
+    errors = lines(selection.methods, LABELS, "flops", "test_error", x_scale=1 / divisor, y_scale=100)
     figures = []
     if losses:
         values = [value for line in losses for value in line.heights()]
@@ -126,8 +124,8 @@ def _curves(selection: Selection) -> Section:
 def _gate(selection: Selection) -> list[Section]:
     variants = {method: runs for method, runs in selection.methods.items() if method != "uniform"}
     x = Axis("share of the budget", "%", low=0, high=100)
-    gains = _lines(variants, "share", "tau2", x_scale=100)
-    on = _lines(variants, "share", "on", x_scale=100, y_scale=100)
+    gains = lines(variants, LABELS, "share", "tau2", x_scale=100)
+    on = lines(variants, LABELS, "share", "on", x_scale=100, y_scale=100)
     figures = []
     if gains:
         figures.append(line_chart("What the draw is worth", gains, x=x, y=Axis("τ²")))
@@ -254,14 +252,21 @@ def _measured(records: Sequence[Record], selection: Selection) -> Section:
     return Section("How it was measured", body)
 
 
-def _lines(
-    methods: dict[str, list[Record]], x: str, y: str, *, x_scale: float = 1.0, y_scale: float = 1.0
+def lines(
+    methods: dict[str, list[Record]],
+    names: dict[str, str],
+    x: str,
+    y: str,
+    *,
+    x_scale: float = 1.0,
+    y_scale: float = 1.0,
 ) -> list[Series]:
     """A series per method: the mean over its seeds and, with two or more, the band from the lowest to the highest.
 
-    Seeds are read off at the x of the first one's points, by linear interpolation.
+    Seeds are read off at the x of the first one's points, by linear interpolation. A method's place in `names` is its
+    colour; there are four, and what comes later has the last.
     """
-    series = []
+    series, colours = [], {method: min(colour, 3) for colour, method in enumerate(names)}
     for method, runs in methods.items():
         curves = [
             [(p[x] * x_scale, p[y] * y_scale) for p in r["curve"] if finite(p.get(x)) and finite(p.get(y))]
@@ -273,7 +278,7 @@ def _lines(
         heights = [(at, [_height(curve, at) for curve in curves]) for at, _ in curves[0]]
         points = [(at, fmean(values)) for at, values in heights]
         band = [(min(values), max(values)) for _, values in heights] if len(curves) > 1 else None
-        series.append(Series(LABELS[method], points, band, COLOURS[method]))
+        series.append(Series(names[method], points, band, colours[method]))
     return series
 
 

@@ -13,6 +13,7 @@ from flopwise.report import (
     importance_sections,
     lake,
     linear,
+    settings,
     tuned,
     tuned_sections,
 )
@@ -21,6 +22,7 @@ from flopwise.report.records import Record
 
 PROBLEM = {
     "importance": importance.problem,
+    "importance_settings": settings.problem,
     "audit": audit.problem,
     "attention": attention.problem,
     "lake": lake.problem,
@@ -31,6 +33,7 @@ PROBLEM = {
 }
 SECTIONS = {
     "importance": importance_sections.sections,
+    "importance_settings": settings.sections,
     "audit": audit.sections,
     "attention": attention.sections,
     "lake": lake.sections,

@@ -1,0 +1,279 @@
+"""Importance sampling and its baselines in several trainings, uniform sampling tuned: records -> tables, sections.
+
+Lower is better everywhere. Of two means over seeds one is better where they are two standard errors of their
+difference apart; a method of which a run diverged has no means.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, stdev
+from typing import Any
+
+from flopwise.report.charts import Axis, line_chart
+from flopwise.report.importance import Against, against, converged
+from flopwise.report.importance_sections import lines
+from flopwise.report.page import Section, paragraph, side_by_side, table, under
+from flopwise.report.records import Record, finite, of_no_kind, where_measured, without_number
+from flopwise.report.words import mean_std, number, percent, plural
+
+SAME = {"run": "FLOPs", "timed": "CPU seconds"}
+WHAT = {"train_loss": "training loss", "test_error": "test error"}
+EACH = [(kind, key) for kind in SAME for key in WHAT]
+UNIFORM, OURS = "uniform", "flopwise"
+PROXY = "flopwise_proxy"
+NAMES = {
+    UNIFORM: "uniform (tuned)",
+    OURS: "flopwise",
+    PROXY: "flopwise, proxy",
+    "random_subset": "random subset",
+    "loss": "loss as the score",
+    "history": "remembered scores",
+    "infobatch": "InfoBatch",
+    "selective_backprop": "Selective Backprop",
+    "online_batch_selection": "online batch selection",
+}
+OUTCOMES = {"lower": "better", "same": "equal", "higher": "worse"}
+AUDIT_LINE = 0.25  # how far a predicted R may be from the measured
+
+
+def problem(record: Record) -> str | None:
+    """What is wrong with a record, in words which continue "this line is ..."; None if nothing is."""
+    if wrong := of_no_kind(record, ("tune", *SAME)):
+        return wrong
+    if record.get("method") not in NAMES:
+        return f"one with method {record.get('method')!r}, not one of {', '.join(NAMES)}"
+    if not isinstance(record.get("setting"), str) or not isinstance(record.get("curve"), list):
+        return "one without setting (a text) or curve (a list)"
+    return without_number(record, ("run.seed", "run.rate", "seconds"))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records of one file.
+
+    Attributes:
+        runs: by setting, method and kind; one run a seed.
+        audits: the newest of every setting that looked at the whole budget.
+    """
+
+    runs: dict[tuple[str, str, str], list[Record]]
+    audits: dict[str, Record]
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> "Results":
+        runs: dict[tuple[str, str, str], list[Record]] = {}
+        audits = {}
+        for r in records:
+            if r["experiment"] == "importance_settings":
+                runs.setdefault((r["setting"], r["method"], r["kind"]), []).append(r)
+            elif r["experiment"] == "audit" and r.get("course") and "setting" in r.get("run", {}):
+                audits[r["run"]["setting"]] = r
+        return cls(runs, audits)
+
+    @property
+    def settings(self) -> list[str]:
+        """Those in which there is something to compare."""
+        named = dict.fromkeys(setting for setting, _, kind in self.runs if kind in SAME)
+        return [setting for setting in named if self.against(setting, OURS, "run", "train_loss")]
+
+    def methods(self, setting: str, kind: str = "run") -> dict[str, list[Record]]:
+        """What ran, in the order of `NAMES`."""
+        found = {method: self.runs.get((setting, method, kind), []) for method in NAMES}
+        return {method: runs for method, runs in found.items() if runs}
+
+    def against(self, setting: str, method: str, kind: str, key: str) -> Against | None:
+        """A method and uniform sampling; None where there is nothing to compare."""
+        ours, uniform = (self.runs.get((setting, name, kind), []) for name in (method, UNIFORM))
+        if not ours or not uniform or len(converged(ours)) < len(ours) or len(converged(uniform)) < len(uniform):
+            return None
+        return against(ours, uniform, key)
+
+    def counts(self, method: str, kind: str, key: str) -> dict[str, int]:
+        """In how many settings a method is better, equal, worse than uniform sampling."""
+        found = [f for setting in self.settings if (f := self.against(setting, method, kind, key))]
+        return {word: sum(f.outcome == outcome for f in found) for outcome, word in OUTCOMES.items()}
+
+    def measured_R(self, setting: str, method: str = OURS) -> float:
+        return fmean(measured_R(r["curve"]) for r in self.runs[setting, method, "run"])
+
+
+def measured_R(curve: Sequence[dict[str, Any]]) -> float:
+    """Mean over a run of variance at equal cost, with 1 while the gate is off; straight lines between a curve's points.
+
+    Its limit: while it is on, R is the gate's estimate, from scores.
+    """
+    values = [point["R"] if point["on"] else 1.0 for point in curve]
+    shares = [0.0, *(point["share"] for point in curve[1:])]
+    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(zip(shares, values, strict=True)))
+
+
+# Tables, in words
+
+
+def comparison(results: Results, method: str) -> tuple[list[str], list[list[str]]]:
+    """One line a setting: uniform sampling's and a method's, at equal FLOPs and at equal seconds."""
+    columns = ["setting", *(f"{WHAT[key]}, equal {SAME[kind]}" for kind, key in EACH), "seeds"]
+    rows = []
+    for setting in results.settings:
+        found = [(results.against(setting, method, kind, key), key) for kind, key in EACH]
+        if any(against for against, _ in found):
+            seeds = len(results.methods(setting)[method])
+            rows.append([setting, *(_against(against, key) for against, key in found), str(seeds)])
+    return columns, rows
+
+
+def predictions(results: Results) -> tuple[list[str], list[list[str]]]:
+    """One line a setting: what the audit predicted, and what came of it."""
+    columns = ["setting", "audit: cost needed", "training loss, equal FLOPs", "right", "R predicted", "R measured"]
+    rows = []
+    for setting in results.settings:
+        audit, loss = results.audits.get(setting), results.against(setting, OURS, "run", "train_loss")
+        if audit and loss:
+            said = f"{percent(audit['course']['needed'])}: {'yes' if audit['helps'] else 'no'}"
+            right = "yes" if audit["helps"] == (loss.outcome == "lower") else "no"
+            cells = [said, OUTCOMES[loss.outcome], right]
+            rows.append([setting, *cells, f"{audit['course']['R']:.2f}", f"{results.measured_R(setting):.2f}"])
+    return columns, rows
+
+
+def all_methods(results: Results) -> tuple[list[str], list[list[str]]]:
+    """One line a method: its training loss relative to uniform sampling's in every setting, at equal FLOPs."""
+    columns = ["method", *results.settings, "better / equal / worse"]
+    rows = []
+    for method in NAMES:
+        cells = []
+        for setting in results.settings:
+            loss, error = (results.against(setting, method, "run", key) for key in WHAT)
+            cells.append(f"{loss.ratio:.2f}, {error.ratio:.2f}" if loss and error else "–")
+        if method != UNIFORM and any(cell != "–" for cell in cells):
+            counts = [results.counts(method, "run", key).values() for key in WHAT]
+            rows.append([NAMES[method], *cells, ", ".join(" / ".join(map(str, count)) for count in counts)])
+    return columns, rows
+
+
+def summary(results: Results, method: str = OURS) -> list[str]:
+    """How often a method is better, equal, worse, a sentence a kind of budget."""
+    sentences = []
+    for kind in SAME:
+        parts = []
+        for key, what in WHAT.items():
+            counts = results.counts(method, kind, key)
+            if sum(counts.values()):
+                parts.append(
+                    f"{what} better in {counts['better']}, equal in {counts['equal']}, worse in {counts['worse']}"
+                )
+        if parts:
+            sentences.append(f"{NAMES[method]} at equal {SAME[kind]}: {'; '.join(parts)}.")
+    return sentences
+
+
+def audit_summary(results: Results) -> str:
+    _, rows = predictions(results)
+    near = sum(abs(float(row[-2]) / float(row[-1]) - 1) <= AUDIT_LINE for row in rows)
+    right = sum(row[3] == "yes" for row in rows)
+    return (
+        f"The audit's yes or no was right in {right} of {plural(len(rows), 'setting')}, its R within "
+        f"{100 * AUDIT_LINE:.0f} % of the measured in {near}."
+    )
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def _against(found: Against | None, key: str) -> str:
+    if found is None:
+        return "–"
+    scale, unit = (100, " %") if key == "test_error" else (1, "")
+    figures = f"{scale * found.uniform:.3g}{unit} / {scale * found.variant:.3g}{unit}"
+    return f"{figures} ({found.ratio:.2f} x) {OUTCOMES[found.outcome]}"
+
+
+# The page
+
+
+def sections(records: Sequence[Record]) -> list[Section]:
+    """Outcome and predictions, then a section with curves and all methods for every setting."""
+    results = Results.of(records)
+    if not results.settings:
+        text = "Uniform sampling is tuned first; the same command goes on."
+        return [Section("Importance sampling in several trainings: not finished", paragraph(text, "lead"))]
+    return under(_outcome(results), [*(_setting(results, setting) for setting in results.settings), _measured(records)])
+
+
+def _outcome(results: Results) -> Section:
+    counts = results.counts(OURS, "run", "train_loss")
+    title = (
+        f"Importance sampling in {plural(sum(counts.values()), 'training')}: lower training loss in "
+        f"{counts['better']}, equal in {counts['equal']}, higher in {counts['worse']}"
+    )
+    body = paragraph(" ".join(summary(results)), "lead")
+    for method in (OURS, PROXY):
+        columns, rows = comparison(results, method)
+        if rows:
+            body += table(f"Uniform sampling, tuned, and {NAMES[method]}", columns, rows)
+    columns, rows = predictions(results)
+    if rows:
+        body += table("What the audit predicted", columns, rows) + paragraph(audit_summary(results), "note")
+    columns, rows = all_methods(results)
+    body += table("Relative to uniform sampling's at equal FLOPs: training loss, test error", columns, rows)
+    note = "Better or worse means two standard errors of the difference over seeds; all have uniform sampling's rate."
+    return Section(title, body + paragraph(note, "note"))
+
+
+def _setting(results: Results, setting: str) -> Section:
+    methods = results.methods(setting)
+    body = side_by_side(_curves(methods))
+    columns = ["method", "training loss", "test error, %", "passes over the data", "steps drawn, %", "CPU s", "seeds"]
+    body += table("At equal FLOPs", columns, [_row(method, runs) for method, runs in methods.items()])
+    if timed := results.methods(setting, "timed"):
+        body += table("At equal CPU seconds", columns, [_row(method, runs) for method, runs in timed.items()])
+    return Section(setting, body + paragraph(_tuning(results, setting), "note"))
+
+
+def _curves(methods: dict[str, list[Record]]) -> list[str]:
+    """Uniform sampling, ours, and the best of the others: a chart has four colours."""
+    others = {m: runs for m, runs in methods.items() if m not in (UNIFORM, OURS, PROXY) and len(converged(runs)) > 0}
+    best = sorted(others, key=lambda m: fmean(r["train_loss"] for r in converged(others[m])))[:1]
+    shown = {method: methods[method] for method in (UNIFORM, OURS, PROXY, *best) if method in methods}
+    x, charts = Axis("share of the budget", "%", low=0, high=100), []
+    for key, scale, unit in (("train_loss", 1.0, ""), ("test_error", 100.0, "%")):
+        series = lines({m: _later(runs) for m, runs in shown.items()}, NAMES, "share", key, x_scale=100, y_scale=scale)
+        if series:
+            log = unit == "" and min(height for line in series for height in line.heights()) > 0
+            charts.append(line_chart(f"{WHAT[key]} along the budget", series, x=x, y=Axis(WHAT[key], unit, log=log)))
+    return charts
+
+
+def _later(runs: Sequence[Record]) -> list[Record]:
+    """Without the first point, the untrained network's."""
+    return [{**run, "curve": run["curve"][1:]} for run in runs]
+
+
+def _row(method: str, runs: Sequence[Record]) -> list[str]:
+    good = converged(runs)
+    cells = [_mean([r["train_loss"] for r in good]), _mean([100 * r["test_error"] for r in good])]
+    on = [100 * r["share_on"] for r in runs if finite(r.get("share_on"))]
+    passes = [r["passes"] for r in runs if finite(r.get("passes"))]
+    cells += [number(fmean(values)) if values else "–" for values in (passes, on, [r["seconds"] for r in runs])]
+    return [NAMES[method], *cells, str(len(runs))]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return mean_std(fmean(values), stdev(values) if len(values) > 1 else None) if values else "diverged"
+
+
+def _tuning(results: Results, setting: str) -> str:
+    grid = {r["run"]["rate"]: r["train_loss"] for r in results.runs.get((setting, UNIFORM, "tune"), [])}
+    losses = "; ".join(
+        f"{rate:g}: {number(loss) if finite(loss) else 'diverged'}" for rate, loss in sorted(grid.items())
+    )
+    taken = results.runs[setting, UNIFORM, "run"][0]["run"]["rate"]
+    return f"Rates on which uniform sampling was tuned, and its training loss: {losses}. Taken, by all: {taken:g}."
+
+
+def _measured(records: Sequence[Record]) -> Section:
+    rows = [[name, value or "–"] for name, value in where_measured(records).items()]
+    return Section("How it was measured", table("Where it ran", ["what", "value"], rows))
