@@ -63,7 +63,7 @@ def test_verdicts(name: str, numbers: tuple[float, ...], verdict: str):
     ],
 )
 def test_importance_in_several_trainings(losses: tuple, errors: tuple, verdict: str):
-    records = []
+    records: list[dict] = [{"experiment": "audit"}]
     for setting, loss, error in zip("abc", losses, errors, strict=True):
         for method, by in (("uniform", (1.0, 1.0)), ("flopwise", (loss, error))):
             for seed in range(3):

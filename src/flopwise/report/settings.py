@@ -15,7 +15,7 @@ from flopwise.report.importance import Against, against, converged
 from flopwise.report.importance_sections import lines
 from flopwise.report.page import Section, paragraph, side_by_side, table, under
 from flopwise.report.records import Record, finite, of_no_kind, where_measured, without_number
-from flopwise.report.words import mean_std, number, percent, plural
+from flopwise.report.words import capital, mean_std, number, percent, plural
 
 SAME = {"run": "FLOPs", "timed": "CPU seconds"}
 WHAT = {"train_loss": "training loss", "test_error": "test error"}
@@ -243,7 +243,7 @@ def _curves(methods: dict[str, list[Record]]) -> list[str]:
         series = lines({m: _later(runs) for m, runs in shown.items()}, NAMES, "share", key, x_scale=100, y_scale=scale)
         if series:
             log = unit == "" and min(height for line in series for height in line.heights()) > 0
-            charts.append(line_chart(f"{WHAT[key]} along the budget", series, x=x, y=Axis(WHAT[key], unit, log=log)))
+            charts.append(line_chart(f"{capital(WHAT[key])} along the budget", series, x=x, y=Axis(WHAT[key], unit, log=log)))
     return charts
 
 

@@ -66,4 +66,4 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Literal["lower
 
 
 def of_kind(records: Sequence[Record], experiment: str, kind: str) -> list[Record]:
-    return [record for record in records if (record["experiment"], record["kind"]) == (experiment, kind)]
+    return [record for record in records if (record["experiment"], record.get("kind")) == (experiment, kind)]
