@@ -13,7 +13,7 @@ from statistics import fmean, mean, stdev
 from typing import Any
 
 from flopwise.report import claims, lake, read_records, settings
-from flopwise.report.attention import NAMES, by_method
+from flopwise.report.attention import NAMES, OURS, by_method
 from flopwise.report.importance import markdown_table
 from flopwise.report.words import mean_std
 
@@ -273,6 +273,45 @@ def attention_digits() -> str:
     return "\n".join(rows)
 
 
+def attention_equal_error(side: str = "1504") -> str:
+    """What attention sampling takes for the errors at which networks without it ended, each at its best rate."""
+    runs = by_method(read_records(RESULTS / "attention.jsonl"))
+    step = json.loads((RESULTS / "attention_sampling.jsonl").read_text().splitlines()[-1])["step"][side]
+    curves = [run["curve"] for run in runs[OURS]]
+    columns = (
+        "network",
+        "a step, one image",
+        "rate",
+        "test error after",
+        "attention sampling is there after",
+        "factor",
+    )
+    rows = []
+    for method, found in runs.items():
+        if method not in step["ms"] or method == OURS:
+            continue
+        error, seconds = mean(run["test_error"] for run in found), mean(run["seconds"] for run in found)
+        there = mean(_first(curve, error) for curve in curves)
+        cost = f"{step['ms'][method]:.3g} ms, {step['mb'][method]:.3g} MB"
+        taken = f"{seconds:.0f} s: {100 * error:.1f} %"
+        rows.append([NAMES[method], cost, f"{found[0]['rate']:g}", taken, f"{there:.0f} s", f"{seconds / there:.1f} x"])
+    ours = f"{step['ms'][OURS]:.3g} ms, {step['mb'][OURS]:.3g} MB"
+    seconds, error = (mean(run[key] for run in runs[OURS]) for key in ("seconds", "test_error"))
+    last = [NAMES[OURS], ours, f"{runs[OURS][0]['rate']:g}", f"{seconds:.0f} s: {100 * error:.1f} %", "–", "–"]
+    return settings.markdown(columns, [*rows, last])
+
+
+def _first(curve: Sequence[dict[str, Any]], error: float) -> float:
+    """The seconds at which a curve first crosses an error; it starts at chance, its points are joined by lines."""
+    before, chance = 0.0, 0.9
+    for point in curve:
+        if point["test_error"] <= error:
+            share = (chance - error) / (chance - point["test_error"]) if chance > point["test_error"] else 1.0
+            return before + share * (point["seconds"] - before)
+        before, chance = point["seconds"], point["test_error"]
+    return float("nan")
+
+
 def _percent(shares: Sequence[float | None]) -> str:
     found = [100 * share for share in shares if share is not None]
     return mean_std(mean(found), stdev(found) if len(found) > 1 else None) if found else "–"
@@ -306,6 +345,7 @@ TABLES = {
     "attention-lakes": lakes,
     "attention-large-images": large_images,
     "attention-digits": attention_digits,
+    "attention-equal-error": attention_equal_error,
     "clustered": partial(clustered, README_LINES),
     "clustered-all": clustered,
     "clustered-speed": clustered_speed,

@@ -243,7 +243,8 @@ def _curves(methods: dict[str, list[Record]]) -> list[str]:
         series = lines({m: _later(runs) for m, runs in shown.items()}, NAMES, "share", key, x_scale=100, y_scale=scale)
         if series:
             log = unit == "" and min(height for line in series for height in line.heights()) > 0
-            charts.append(line_chart(f"{capital(WHAT[key])} along the budget", series, x=x, y=Axis(WHAT[key], unit, log=log)))
+            y = Axis(WHAT[key], unit, log=log)
+            charts.append(line_chart(f"{capital(WHAT[key])} along the budget", series, x=x, y=y))
     return charts
 
 
