@@ -174,10 +174,8 @@ class ImportanceSampler:
         self._costs = _Costs(timed=cost == "seconds")
         self._common_cost: float | None = None  # c over all ranks, as of when the gate last learned
         self._scores: list[Tensor] = []  # not yet learned from: what `Gate.evidence` takes
-        self._outputs: list[
-            tuple[Tensor, float | Tensor, CheapDraw | None]
-        ] = []  # of steps; what scales their gradients
-        self._gradients: list[tuple[Tensor, float | Tensor, CheapDraw | None]] = []  # there, not yet turned into scores
+        self._outputs: list[_Output] = []  # of steps; what scales their gradients, and by what they were drawn
+        self._gradients: list[_Output] = []  # there, not yet turned into scores
         self._unlearned = 0  # presamples whose scores wait for the gate
         self._last: dict[str, float] = {"tau2": 1.0, "ess": 0.0}
         self._largest_weight = 1.0
