@@ -1,0 +1,221 @@
+"""One rank of a job under torchrun that trains by way of a trainer.   torchrun ... trainers_job.py WHAT FOLDER
+
+WHAT: lightning | accelerate | trainer, joined by +, in that order: Lightning's processes know each other only once it
+fits, long after the sampler is made. Writes FOLDER/WHAT_RANK.pt for each.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from job import BATCH, PRESAMPLE, examples, loss, network
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from flopwise.importance_sampling import ImportanceSampler, WeightedBatch
+
+EXAMPLES, STEPS, WINDOW, WORDS = 256, 50, 2, 30  # WINDOW: batches per optimizer step
+
+
+class Loaded(Dataset):
+    """Examples, and which of them this rank loaded, in order."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows, self.order = rows, []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        self.order.append(i)
+        return self.rows[i]
+
+
+class Record:
+    """Of every optimizer step: the batches of its window, the parameters before it and the gradient it takes."""
+
+    def __init__(self, model: nn.Module, data: Loaded) -> None:
+        self.model, self.data = model, data
+        self.steps: list[Any] = []
+        self.window: list[Any] = []
+        self.decisions: list[Any] = []
+
+    def batch(self, batch: WeightedBatch, sampler: ImportanceSampler) -> None:
+        self.window.append((batch.data, batch.weights, batch.positions))
+        self.decisions.append((batch.drawn, sampler._gate.ratio, sampler.rate_scale))
+
+    def step(self, *_: Any) -> None:
+        gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])  # type: ignore[union-attr]
+        self.steps.append((self.window, self._parameters(), gradient))
+        self.window = []
+
+    def _parameters(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+    def end(self, sampler: ImportanceSampler) -> dict[str, Any]:
+        return {
+            "parameters": self._parameters(),
+            "decisions": self.decisions,
+            "steps": self.steps,
+            "loaded": self.data.order,
+            "seed": sampler._generator.initial_seed(),
+        }
+
+
+def rows() -> list[Any]:
+    x, y = examples(0, EXAMPLES)
+    return list(zip(x, y, strict=True))
+
+
+def lightning(folder: Path) -> dict[str, Any]:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from flopwise.integrations.lightning import ImportanceSampling
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.data = network(), Loaded(rows())
+            self.record = Record(self.network, self.data)
+            self.sampler = ImportanceSampler(lambda data: self.network(data[0]), loss, batch_size=BATCH, model=self)
+            self.importance = ImportanceSampling(self.sampler)
+            self.shared = True
+
+        def train_dataloader(self) -> Any:
+            order = DistributedSampler(self.data) if self.shared else None
+            return self.importance.loader(DataLoader(self.data, batch_size=PRESAMPLE, sampler=order))
+
+        def training_step(self, batch, batch_idx):
+            self.record.batch(batch, self.sampler)
+            return self.sampler.loss(self.network(batch.data[0]), batch)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.network.parameters(), 1e-2)
+
+        def on_before_optimizer_step(self, optimizer):  # Lightning's backward runs inside optimizer.step
+            self.record.step()
+
+    def fit(module: Module) -> Trainer:
+        trainer = Trainer(
+            default_root_dir=folder, accelerator="cpu", devices=2, strategy="ddp", callbacks=[module.importance],
+            max_steps=STEPS, accumulate_grad_batches=WINDOW, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module)
+        return trainer
+
+    module = Module()
+    trainer = fit(module)
+    trainer.save_checkpoint(folder / "lightning.ckpt")
+    end = module.record.end(module.sampler)
+    module = Module()
+    module.shared = False
+    try:
+        fit(module)
+    except ValueError as error:
+        end["refused"] = str(error)
+    return end
+
+
+def accelerate(folder: Path) -> dict[str, Any]:
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.utils import GradientAccumulationPlugin
+
+    from flopwise.integrations.accelerate import ImportanceSampling
+
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=WINDOW, sync_with_dataloader=False),
+    )
+    data, plain = Loaded(rows()), network()
+    inner = torch.optim.Adam(plain.parameters(), 1e-2)
+    record = Record(plain, data)
+    inner.register_step_pre_hook(record.step)
+    model, optimizer, loader = accelerator.prepare(plain, inner, DataLoader(data, batch_size=PRESAMPLE, shuffle=True))
+    sampler = ImportanceSampler(lambda batch: model(batch[0]), loss, batch_size=BATCH, model=model)
+    importance = ImportanceSampling(accelerator, sampler, loader, optimizer)
+    while len(record.steps) < STEPS:
+        for batch in importance.batches():
+            record.batch(batch, sampler)
+            with accelerator.accumulate(model):
+                accelerator.backward(sampler.loss(model(batch.data[0]), batch))
+                optimizer.step()
+                optimizer.zero_grad()
+    accelerator.save_state(str(folder / "accelerate"))
+    return record.end(sampler)
+
+
+def texts() -> list[dict[str, torch.Tensor]]:
+    """Texts of 2 to 8 words. Those that begin with one of the first words have nearly all of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for _ in range(EXAMPLES):
+        words, length = torch.randint(WORDS, (8,), generator=generator), torch.randint(2, 9, (), generator=generator)
+        keep = torch.arange(8) < length
+        texts.append({
+            "input_ids": words, "attention_mask": keep.long(), "labels": torch.where(keep, words, -100)
+        })  # fmt: skip
+    return texts
+
+
+def weight(inputs: Any) -> torch.Tensor:
+    return torch.where(inputs["input_ids"][:, :1] < WORDS // 10, 5.0, 0.05)
+
+
+def language_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=WORDS, max_position_embeddings=8))  # type: ignore[arg-type]
+
+
+def trainer(folder: Path) -> dict[str, Any]:
+    from transformers import Trainer, TrainingArguments
+
+    from flopwise.integrations.trainer import ImportanceSamplingMixin
+
+    model, data = language_model(), Loaded(texts())
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    record = Record(model, data)
+    optimizer.register_step_pre_hook(record.step)
+
+    class Sampling(ImportanceSamplingMixin, Trainer):
+        def loss_per_example(self, outputs, inputs):
+            losses, mask = super().loss_per_example(outputs, inputs)
+            return losses * weight(inputs), mask
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            record.batch(inputs, self.sampler)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=BATCH, gradient_accumulation_steps=WINDOW,
+        max_steps=STEPS, max_grad_norm=0, lr_scheduler_type="constant", save_strategy="steps", save_steps=STEPS,
+        report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    training = Sampling(
+        model, arguments, train_dataset=data, optimizers=(optimizer, None), presample_ratio=PRESAMPLE // BATCH
+    )
+    training.train()
+    return record.end(training.sampler)
+
+
+def main(what: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of the libraries
+    parts = {"lightning": lightning, "accelerate": accelerate, "trainer": trainer}
+    for part in what.split("+"):
+        torch.save(parts[part](folder), folder / f"{part}_{dist.get_rank()}.pt")
+    dist.barrier()
+    os._exit(0)  # as in job.py
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
