@@ -10,7 +10,7 @@ from job import loss, network
 from launch import needs_gloo, results, torchrun
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
-from trainers_job import EXAMPLES, STEPS, WINDOW, language_model, weight
+from trainers_job import EXAMPLES, SAVED, STEPS, WINDOW, language_model, weight
 
 NEEDS = {"lightning": "lightning", "accelerate": "accelerate", "trainer": "transformers"}  # in the job's order
 pytestmark = needs_gloo
@@ -25,7 +25,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("what", [pytest.param(what, id=what) for what in NEEDS])
+@pytest.mark.parametrize("what", list(NEEDS))
 def test_two_processes_train_as_one(what: str, job: Path):
     pytest.importorskip(NEEDS[what])
     ranks = results(job, what, 2)
@@ -52,6 +52,16 @@ def test_two_processes_train_as_one(what: str, job: Path):
         value = loss_of_step(model, windows[0] + windows[1])
         oracle = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
         torch.testing.assert_close(gradients[0], oracle, rtol=1e-4, atol=1e-5 * float(oracle.abs().max()))
+
+
+@pytest.mark.parametrize("what", list(NEEDS))
+def test_two_processes_resumed_end_identical(what: str, job: Path):
+    pytest.importorskip(NEEDS[what])
+    for rank in results(job, what, 2):
+        resumed = rank["resumed"]
+        assert len(resumed["steps"]) == len(rank["steps"]) - SAVED
+        assert resumed["decisions"] == rank["decisions"][SAVED * WINDOW :] and resumed["metrics"] == rank["metrics"]
+        assert torch.equal(resumed["parameters"], rank["parameters"])
 
 
 def mean_loss(model: Any, batches: list[Any]) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""One rank of a job under torchrun that trains by way of a trainer.   torchrun ... trainers_job.py WHAT FOLDER
+"""One rank of a job under torchrun that trains by way of a trainer, and again from a checkpoint.
+
+    torchrun ... trainers_job.py WHAT FOLDER
 
 WHAT: lightning | accelerate | trainer, joined by +, in that order: Lightning's processes know each other only once it
-fits, long after the sampler is made. Writes FOLDER/WHAT_RANK.pt for each.
+fits, long after the sampler is made. Writes FOLDER/WHAT_RANK.pt for each, with "resumed" beside the whole run.
 """
 
 import os
@@ -18,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from flopwise.importance_sampling import ImportanceSampler, WeightedBatch
 
-EXAMPLES, STEPS, WINDOW, WORDS = 256, 50, 2, 30  # WINDOW: batches per optimizer step
+EXAMPLES, STEPS, SAVED, WORDS = 256, 50, 35, 30  # SAVED: the step of the checkpoint, in the middle of a pass
+WINDOW = 2  # batches per optimizer step
 
 
 class Loaded(Dataset):
@@ -63,6 +66,7 @@ class Record:
             "steps": self.steps,
             "loaded": self.data.order,
             "seed": sampler._generator.initial_seed(),
+            "metrics": sampler.metrics(),
         }
 
 
@@ -73,49 +77,45 @@ def rows() -> list[Any]:
 
 def lightning(folder: Path) -> dict[str, Any]:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from flopwise.integrations.lightning import ImportanceSampling
 
     class Module(LightningModule):
-        def __init__(self) -> None:
+        def __init__(self, shared_out: bool = True) -> None:
             super().__init__()
-            self.network, self.data = network(), Loaded(rows())
+            self.network, self.data, self.shared_out = network(), Loaded(rows()), shared_out
             self.record = Record(self.network, self.data)
             self.sampler = ImportanceSampler(lambda data: self.network(data[0]), loss, batch_size=BATCH, model=self)
             self.importance = ImportanceSampling(self.sampler)
-            self.shared = True
 
         def train_dataloader(self) -> Any:
-            order = DistributedSampler(self.data) if self.shared else None
+            order = DistributedSampler(self.data) if self.shared_out else None
             return self.importance.loader(DataLoader(self.data, batch_size=PRESAMPLE, sampler=order))
 
         def training_step(self, batch, batch_idx):
             self.record.batch(batch, self.sampler)
             return self.sampler.loss(self.network(batch.data[0]), batch)
 
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.network.parameters(), 1e-2)
-
         def on_before_optimizer_step(self, optimizer):  # Lightning's backward runs inside optimizer.step
             self.record.step()
 
-    def fit(module: Module) -> Trainer:
-        trainer = Trainer(
-            default_root_dir=folder, accelerator="cpu", devices=2, strategy="ddp", callbacks=[module.importance],
-            max_steps=STEPS, accumulate_grad_batches=WINDOW, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(module)
-        return trainer
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.network.parameters(), 1e-2)
 
-    module = Module()
-    trainer = fit(module)
-    trainer.save_checkpoint(folder / "lightning.ckpt")
-    end = module.record.end(module.sampler)
-    module = Module()
-    module.shared = False
+    def fit(module: Module, checkpoint: Path | None = None) -> dict[str, Any]:
+        trainer = Trainer(
+            default_root_dir=folder, accelerator="cpu", devices=2, strategy="ddp", max_steps=STEPS, logger=False,
+            callbacks=[module.importance, ModelCheckpoint(folder, "lightning", every_n_train_steps=SAVED)],
+            accumulate_grad_batches=WINDOW, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, ckpt_path=checkpoint)
+        return module.record.end(module.sampler)
+
+    end = fit(Module())
+    end["resumed"] = fit(Module(), folder / "lightning.ckpt")
     try:
-        fit(module)
+        fit(Module(shared_out=False))
     except ValueError as error:
         end["refused"] = str(error)
     return end
@@ -127,27 +127,37 @@ def accelerate(folder: Path) -> dict[str, Any]:
 
     from flopwise.integrations.accelerate import ImportanceSampling
 
-    accelerator = Accelerator(
-        cpu=True,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=WINDOW, sync_with_dataloader=False),
-    )
-    data, plain = Loaded(rows()), network()
-    inner = torch.optim.Adam(plain.parameters(), 1e-2)
-    record = Record(plain, data)
-    inner.register_step_pre_hook(record.step)
-    model, optimizer, loader = accelerator.prepare(plain, inner, DataLoader(data, batch_size=PRESAMPLE, shuffle=True))
-    sampler = ImportanceSampler(lambda batch: model(batch[0]), loss, batch_size=BATCH, model=model)
-    importance = ImportanceSampling(accelerator, sampler, loader, optimizer)
-    while len(record.steps) < STEPS:
-        for batch in importance.batches():
-            record.batch(batch, sampler)
-            with accelerator.accumulate(model):
-                accelerator.backward(sampler.loss(model(batch.data[0]), batch))
-                optimizer.step()
-                optimizer.zero_grad()
-    accelerator.save_state(str(folder / "accelerate"))
-    return record.end(sampler)
+    def fit(checkpoint: Path, resume: bool) -> dict[str, Any]:
+        accelerator = Accelerator(
+            cpu=True,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=WINDOW, sync_with_dataloader=False),
+        )
+        data, plain = Loaded(rows()), network()
+        inner, loader = torch.optim.Adam(plain.parameters(), 1e-2), DataLoader(data, batch_size=PRESAMPLE, shuffle=True)
+        model, optimizer, loader = accelerator.prepare(plain, inner, loader)
+        sampler = ImportanceSampler(lambda batch: model(batch[0]), loss, batch_size=BATCH, model=model)
+        importance = ImportanceSampling(accelerator, sampler, loader, optimizer)
+        record = Record(plain, data)
+        inner.register_step_pre_hook(record.step)
+        steps = SAVED if resume else 0
+        if resume:
+            accelerator.load_state(str(checkpoint))
+        while steps < STEPS:
+            for batch in importance.batches():
+                record.batch(batch, sampler)
+                with accelerator.accumulate(model):
+                    accelerator.backward(sampler.loss(model(batch.data[0]), batch))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                steps += accelerator.sync_gradients
+                if steps == SAVED and accelerator.sync_gradients:
+                    accelerator.save_state(str(checkpoint))
+        return record.end(sampler)
+
+    end = fit(folder / "accelerate", False)
+    end["resumed"] = fit(folder / "accelerate", True)
+    return end
 
 
 def texts() -> list[dict[str, torch.Tensor]]:
@@ -181,30 +191,37 @@ def trainer(folder: Path) -> dict[str, Any]:
 
     from flopwise.integrations.trainer import ImportanceSamplingMixin
 
-    model, data = language_model(), Loaded(texts())
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    record = Record(model, data)
-    optimizer.register_step_pre_hook(record.step)
-
     class Sampling(ImportanceSamplingMixin, Trainer):
+        record: Record
+
         def loss_per_example(self, outputs, inputs):
             losses, mask = super().loss_per_example(outputs, inputs)
             return losses * weight(inputs), mask
 
         def training_step(self, model, inputs, num_items_in_batch=None):
-            record.batch(inputs, self.sampler)
+            self.record.batch(inputs, self.sampler)
             return super().training_step(model, inputs, num_items_in_batch)
 
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"), per_device_train_batch_size=BATCH, gradient_accumulation_steps=WINDOW,
-        max_steps=STEPS, max_grad_norm=0, lr_scheduler_type="constant", save_strategy="steps", save_steps=STEPS,
+        max_steps=STEPS, max_grad_norm=0, lr_scheduler_type="constant", save_strategy="steps", save_steps=SAVED,
         report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    training = Sampling(
-        model, arguments, train_dataset=data, optimizers=(optimizer, None), presample_ratio=PRESAMPLE // BATCH
-    )
-    training.train()
-    return record.end(training.sampler)
+
+    def fit(checkpoint: str | None = None) -> dict[str, Any]:
+        model, data = language_model(), Loaded(texts())
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        training = Sampling(
+            model, arguments, train_dataset=data, optimizers=(optimizer, None), presample_ratio=PRESAMPLE // BATCH
+        )
+        training.record = Record(model, data)
+        optimizer.register_step_pre_hook(training.record.step)
+        training.train(resume_from_checkpoint=checkpoint)
+        return training.record.end(training.sampler)
+
+    end = fit()
+    end["resumed"] = fit(str(folder / "trainer" / f"checkpoint-{SAVED}"))
+    return end
 
 
 def main(what: str, folder: Path) -> None:
