@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from flopwise import ImportanceSampler  # noqa: E402
 from flopwise.integrations.accelerate import ImportanceSampling, beginner_of  # noqa: E402
+from flopwise.integrations.importance import load_state, save_state  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +145,16 @@ def test_a_checkpoint_without_the_sampler_is_refused(tmp_path: Path):
     accelerator, _, optimizer, loader, sampler = prepared()
     accelerator.save_state(str(tmp_path))
     ImportanceSampling(accelerator, sampler, loader, optimizer)
-    with pytest.raises(ValueError, match=r"importance_0\.pt is missing"):
+    with pytest.raises(ValueError, match=r"importance_0_of_1\.pt is missing"):
         accelerator.load_state(str(tmp_path))
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(tmp_path: Path):
+    *_, sampler = prepared()
+    save_state(sampler, tmp_path, 0, 2)
+    load_state(sampler, tmp_path, 0, 2)
+    with pytest.raises(ValueError, match=r"importance_0_of_1\.pt is missing.*another number of processes"):
+        load_state(sampler, tmp_path, 0, 1)
 
 
 @pytest.mark.parametrize(("loader", "precision"), [("seedable", "no"), ("stateful", "bf16")])

@@ -66,13 +66,13 @@ class ImportanceSampling:
         self.loader = Passes(beginner_of(loader), endless=False)
         if optimizer is not None:
             scale_rate(sampler, getattr(optimizer, "optimizer", optimizer))
-        rank = accelerator.process_index
+        rank, ranks = accelerator.process_index, accelerator.num_processes
 
         def save(_models: Any, _weights: Any, folder: str) -> None:
-            save_state(sampler, Path(folder), rank)
+            save_state(sampler, Path(folder), rank, ranks)
 
         def load(_models: Any, folder: str) -> None:
-            load_state(sampler, Path(folder), rank)
+            load_state(sampler, Path(folder), rank, ranks)
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
