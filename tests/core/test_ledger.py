@@ -118,6 +118,17 @@ def test_counted_once_per_signature_then_replayed():
     assert ledger.examples == 16
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Mish(), nn.GELU(), nn.Softplus()], ids=lambda layer: str(layer))
+def test_a_counted_step_computes_what_a_replayed_one_does(activation: nn.Module, generator: torch.Generator):
+    """To the last bit: a resumed run counts at another step."""
+    x = torch.randn(33, D, generator=generator, requires_grad=True)
+    gradients = []
+    with Ledger() as ledger:
+        for data in itertools.islice(ledger.batches(endless([x])), 2):
+            gradients += torch.autograd.grad(activation(data).square().sum(), data)
+    assert torch.equal(*gradients)
+
+
 def test_the_budget_is_spent_while_the_last_step_is_still_open():
     layer = nn.Linear(D, E)
     step = 2 * 2 * 4 * D * E

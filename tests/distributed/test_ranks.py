@@ -1,43 +1,22 @@
 """DDP and FSDP2 over torchrun on the loopback: one gate, an unbiased global gradient, and a job that loses a rank."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from launch import needs_gloo, results, torchrun
 
 from flopwise.importance_sampling import relative_variance, variance_ratio
 from flopwise.importance_sampling.gate import RATIOS, Gate
 
-JOB = Path(__file__).parent / "job.py"
-needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 WRAPS = [("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4)]
 KILLED = [("ddp", 4), ("fsdp2", 2)]
-
-
-def torchrun(ranks: int, *arguments: object) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", JOB]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
-    ended = subprocess.run(
-        [str(part) for part in (*command, *arguments)], check=False, timeout=180, env=environment, capture_output=True
-    )
-    output = (ended.stdout + ended.stderr).decode()
-    assert ended.returncode == 0 or "SIGKILL" in output or "exitcode: -9" in output, output[-4000:]
-    return ended.returncode
-
-
-def results(folder: Path, what: str, ranks: int) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{what}_{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 @needs_gloo
 @pytest.mark.parametrize(("wrap", "ranks"), WRAPS)
 def test_the_global_gradient_is_unbiased_and_all_gates_agree(wrap: str, ranks: int, tmp_path: Path):
-    assert torchrun(ranks, "unbiased+train", wrap, tmp_path) == 0
+    assert torchrun("job.py", ranks, "unbiased+train", wrap, tmp_path) == 0
     first, *others = results(tmp_path, "unbiased", ranks)
     assert first["chi_square"] < 11
     for other in others:
@@ -56,9 +35,9 @@ def test_the_global_gradient_is_unbiased_and_all_gates_agree(wrap: str, ranks: i
 def check_that_a_job_that_loses_a_rank_ends_identical(wrap: str, ranks: int, whole: Path) -> None:
     broken = whole / "broken"
     broken.mkdir()
-    assert torchrun(ranks, "train", wrap, broken, 95) != 0
+    assert torchrun("job.py", ranks, "train", wrap, broken, 95) != 0
     assert len(list(broken.glob("checkpoint*"))) == 13 and not list(broken.glob("train_*.pt"))
-    assert torchrun(ranks, "train", wrap, broken) == 0
+    assert torchrun("job.py", ranks, "train", wrap, broken) == 0
     for one, other in zip(results(whole, "train", ranks), results(broken, "train", ranks), strict=True):
         assert torch.equal(one["parameters"], other["parameters"])
         assert one["decisions"][91:] == other["decisions"]
@@ -67,7 +46,7 @@ def check_that_a_job_that_loses_a_rank_ends_identical(wrap: str, ranks: int, who
 
 @needs_gloo
 def test_presamples_of_unequal_size_are_refused_on_every_rank(tmp_path: Path):
-    assert torchrun(2, "unequal", "ddp", tmp_path) == 0
+    assert torchrun("job.py", 2, "unequal", "ddp", tmp_path) == 0
     for rank, result in enumerate(results(tmp_path, "unequal", 2)):
         assert f"rank {rank} got {32 - rank} examples and the 2 ranks 63 in all" in result["error"]
 

@@ -10,6 +10,7 @@ import torch
 accelerate = pytest.importorskip("accelerate")
 
 from accelerate import Accelerator, DataLoaderConfiguration  # noqa: E402
+from accelerate.data_loader import prepare_data_loader  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.utils import GradientAccumulationPlugin  # noqa: E402
 from runs import killed_and_resumed_is_identical  # noqa: E402
@@ -17,7 +18,8 @@ from sampling_problem import data, network, skewed_loss  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from flopwise import ImportanceSampler  # noqa: E402
-from flopwise.integrations.accelerate import ImportanceSampling  # noqa: E402
+from flopwise.integrations.accelerate import ImportanceSampling, beginner_of  # noqa: E402
+from flopwise.integrations.importance import load_state, save_state  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -111,12 +113,48 @@ def test_an_order_that_cannot_be_had_again_is_refused():
         ImportanceSampling(accelerator, sampler, loader, optimizer)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_two_processes_share_out_a_pass_and_go_back_to_a_place_in_it(shuffle: bool):
+    passes = []
+    for number in (0, 1):
+        seen = []
+        for rank in (0, 1):
+            begin = beginner_of(shared_out(rank, shuffle=shuffle))
+            whole, rest = list(begin(number, 0)), list(begin(number, 1))
+            assert len(whole) == 2 and len(rest) == 1 and torch.equal(whole[1][0], rest[0][0])
+            seen += whole
+        passes.append(torch.cat([x for x, _ in seen]))
+        assert torch.equal(passes[-1].sort(0).values, data().tensors[0].sort(0).values)
+    assert torch.equal(*passes) is not shuffle
+
+
+def test_processes_that_would_wait_for_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"got a loader with even_batches=False.*or drop_last=True"):
+        beginner_of(shared_out(0, even_batches=False))
+
+
+def shared_out(rank: int, *, shuffle: bool = True, even_batches: bool = True) -> Any:
+    """What `Accelerator.prepare` makes of a loader on one of two processes."""
+    return prepare_data_loader(
+        DataLoader(data(), batch_size=48, shuffle=shuffle), num_processes=2, process_index=rank,
+        even_batches=even_batches, use_seedable_sampler=True,
+    )  # fmt: skip
+
+
 def test_a_checkpoint_without_the_sampler_is_refused(tmp_path: Path):
     accelerator, _, optimizer, loader, sampler = prepared()
     accelerator.save_state(str(tmp_path))
     ImportanceSampling(accelerator, sampler, loader, optimizer)
-    with pytest.raises(ValueError, match=r"importance_0\.pt is missing"):
+    with pytest.raises(ValueError, match=r"importance_0_of_1\.pt is missing"):
         accelerator.load_state(str(tmp_path))
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(tmp_path: Path):
+    *_, sampler = prepared()
+    save_state(sampler, tmp_path, 0, 2)
+    load_state(sampler, tmp_path, 0, 2)
+    with pytest.raises(ValueError, match=r"importance_0_of_1\.pt is missing.*another number of processes"):
+        load_state(sampler, tmp_path, 0, 1)
 
 
 @pytest.mark.parametrize(("loader", "precision"), [("seedable", "no"), ("stateful", "bf16")])

@@ -129,7 +129,7 @@ def test_what_it_refuses(tmp_path: Path):
     with pytest.raises(ValueError, match=r"outputs \(2, 3\) and labels \(2, 3, 4\)"):
         trainer.loss_per_example(torch.zeros(2, 3), {"labels": torch.zeros(2, 3, 4, dtype=torch.long)})
     trainer_of(bert(), Texts(), tmp_path, kind=Trainer, max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match=r"importance_0\.pt is missing"):
+    with pytest.raises(ValueError, match=r"importance_0_of_1\.pt is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

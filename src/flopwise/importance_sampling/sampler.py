@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 from statistics import median
 from typing import Any, Literal
@@ -168,8 +169,7 @@ class ImportanceSampler:
         )
         self._gate = Gate(gate, draw, smoothing)
         self._ranks = Ranks(group)
-        # torch's generator looks at 32 bits of a seed
-        self._generator = torch.Generator().manual_seed((seed + 1_000_003 * self._ranks.rank) % 2**32)
+        self.seed = seed
         self._ledger = Ledger()  # costs are measured even when the user keeps no ledger
         self._costs = _Costs(timed=cost == "seconds")
         self._common_cost: float | None = None  # c over all ranks, as of when the gate last learned
@@ -186,6 +186,12 @@ class ImportanceSampler:
         self._decided = False  # whether the gate has decided about this presample
         self._loader_state: Any = None
         self._resuming = False
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        """Of the draws; made at the first, since a trainer may start the processes' group after the sampler is made."""
+        # torch's generator looks at 32 bits of a seed
+        return torch.Generator().manual_seed((self.seed + 1_000_003 * self._ranks.rank) % 2**32)
 
     def batches(self, loader: Iterable[Any]) -> Iterator[WeightedBatch]:
         """One pass over `loader`, which yields presamples: pytrees of tensors whose dimension 0 is the example.

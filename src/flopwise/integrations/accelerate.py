@@ -26,6 +26,7 @@ from flopwise.importance_sampling import ImportanceSampler, WeightedBatch
 try:
     from accelerate import Accelerator, skip_first_batches
     from accelerate.data_loader import SeedableRandomSampler
+    from accelerate.utils import broadcast_object_list
 except ImportError as error:
     raise ImportError(f"the Accelerate integration needs accelerate: pip install 'flopwise[hf]' ({error}).") from error
 
@@ -65,13 +66,13 @@ class ImportanceSampling:
         self.loader = Passes(beginner_of(loader), endless=False)
         if optimizer is not None:
             scale_rate(sampler, getattr(optimizer, "optimizer", optimizer))
-        rank = accelerator.process_index
+        rank, ranks = accelerator.process_index, accelerator.num_processes
 
         def save(_models: Any, _weights: Any, folder: str) -> None:
-            save_state(sampler, Path(folder), rank)
+            save_state(sampler, Path(folder), rank, ranks)
 
         def load(_models: Any, folder: str) -> None:
-            load_state(sampler, Path(folder), rank)
+            load_state(sampler, Path(folder), rank, ranks)
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
@@ -87,13 +88,21 @@ def beginner_of(loader: Any) -> Callable[[int, int], Iterable[Any]]:
     A stateful loader's own state holds where it is but not its order, so it is told its place like any other, after it
     has forgotten what `accelerator.load_state` told it.
     """
-    order = None if isinstance(loader.dataset, IterableDataset) else loader.get_sampler()
+    order = None if isinstance(loader.dataset, IterableDataset) else _order_of(loader)
     if not isinstance(order, SeedableRandomSampler | SequentialSampler):
         raise ValueError(
             "a resumed run needs the same presamples again, so the order of a pass must follow from its number; got "
             f"sampler={type(order).__name__} over {type(loader.dataset).__name__}. Use a data set with indices, and "
             "shuffle with DataLoaderConfiguration(use_seedable_sampler=True)."
         )
+    if not (getattr(loader.batch_sampler, "even_batches", True) or loader.batch_sampler.drop_last):
+        raise ValueError(
+            "all processes get as many presamples, or they would wait for each other; got a loader with "
+            "even_batches=False, whose last presamples some do not get. Use even_batches=True, or drop_last=True."
+        )
+    if isinstance(order, SeedableRandomSampler):
+        # it has the seed of torch, which every process draws for itself unless told, and the order must be one
+        order.initial_seed = broadcast_object_list([order.initial_seed])[0]
 
     fresh = loader.state_dict() if getattr(loader, "use_stateful_dataloader", False) else None
 
@@ -107,3 +116,11 @@ def beginner_of(loader: Any) -> Callable[[int, int], Iterable[Any]]:
         return rest
 
     return begin
+
+
+def _order_of(loader: Any) -> Any:
+    """The sampler below a loader's batches; what shares them out among processes knows it only if it shuffles."""
+    order = loader.get_sampler()
+    if order is None:
+        order = getattr(getattr(loader.batch_sampler, "batch_sampler", None), "sampler", None)
+    return order

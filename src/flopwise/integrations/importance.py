@@ -62,14 +62,14 @@ def scale_rate(sampler: ImportanceSampler, optimizer: torch.optim.Optimizer) -> 
     return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
 
-def save_state(sampler: ImportanceSampler, folder: Path, rank: int) -> None:
+def save_state(sampler: ImportanceSampler, folder: Path, rank: int, ranks: int) -> None:
     """One file a rank: each has draws and scores of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(sampler.state_dict(), folder / _name(rank))
+    torch.save(sampler.state_dict(), folder / _name(rank, ranks))
 
 
-def load_state(sampler: ImportanceSampler, folder: Path, rank: int) -> None:
-    path = folder / _name(rank)
+def load_state(sampler: ImportanceSampler, folder: Path, rank: int, ranks: int) -> None:
+    path = folder / _name(rank, ranks)
     if not path.exists():
         raise ValueError(
             f"a resumed run needs the sampler's state, one file a rank; {path} is missing. Was the checkpoint written "
@@ -78,5 +78,6 @@ def load_state(sampler: ImportanceSampler, folder: Path, rank: int) -> None:
     sampler.load_state_dict(torch.load(path, weights_only=True))
 
 
-def _name(rank: int) -> str:
-    return f"importance_{rank}.pt"
+def _name(rank: int, ranks: int) -> str:
+    """With the number of ranks, since no other number of them can go on from it."""
+    return f"importance_{rank}_of_{ranks}.pt"

@@ -57,7 +57,8 @@ class ImportanceSampling(Callback):
 
     def loader(self, presamples: DataLoader) -> "Batches":
         """The batches that are drawn from the presamples of this loader: give it to `fit`, or return it from
-        `train_dataloader`. In a distributed run `presamples` has a `DistributedSampler`."""
+        `train_dataloader`. In a distributed run `presamples` has a `DistributedSampler`, which is made in
+        `train_dataloader`, once the processes know each other."""
         return Batches(self, presamples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -174,7 +175,8 @@ def _beginner_of(loader: DataLoader, seed: int, world_size: int) -> Callable[[in
     if world_size > 1 and not hasattr(order, "set_epoch"):
         raise ValueError(
             f"each of {world_size} processes trains on data of its own; got sampler={type(order).__name__}, which "
-            "gives all of them to each. DataLoader(data, sampler=DistributedSampler(data))."
+            "gives all of them to each. In the module's train_dataloader: return importance.loader(DataLoader(data, "
+            "batch_size=..., sampler=DistributedSampler(data)))."
         )
     if not (hasattr(order, "set_epoch") or isinstance(order, RandomSampler | SequentialSampler)):
         raise ValueError(

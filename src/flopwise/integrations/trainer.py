@@ -216,12 +216,12 @@ class ImportanceSamplingMixin(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        save_state(self.sampler, Path(output_dir), self.args.process_index)
+        save_state(self.sampler, Path(output_dir), self.args.process_index, self.args.world_size)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._stream is not None:
-            load_state(self.sampler, Path(checkpoint), self.args.process_index)
+            load_state(self.sampler, Path(checkpoint), self.args.process_index, self.args.world_size)
             done = self.state.global_step * self.args.gradient_accumulation_steps % len(self._stream)
             self._stream.skipped_by_trainer = 0 if self.args.ignore_data_skip else done
 
