@@ -67,18 +67,6 @@ def test_padding_changes_nothing(generator: torch.Generator):
     torch.testing.assert_close(model(ids)[0], short(ids[:1, :5])[0])
 
 
-def test_the_grid_grows_until_the_best_rate_is_inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    trained = []
-
-    def run_all(runs, train, folder, *, title):
-        trained.append([run.rate for run in runs])
-        return [{"train_loss": abs(run.rate - 0.0071)} for run in runs]
-
-    monkeypatch.setattr(settings, "run_all", run_all)
-    assert settings.tune("fashion", tmp_path).rate == 0.008
-    assert trained[-1] == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016]
-
-
 def test_uniforms_best_run_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     small = replace(SETTINGS["digit_rows"], flops=TINY)
     monkeypatch.setitem(SETTINGS, "digit_rows", small)

@@ -83,21 +83,6 @@ def test_a_run_gives_a_whole_record(method: str, planet: Earth, tmp_path: Path):
         assert looked["labels"] == ["no lake", "lake"] * 2 and len(looked["predicted"]) == 4
 
 
-@pytest.mark.parametrize(("best", "tried"), [(2e-3, 3), (1e-3, 4), (8e-3, 5)])
-def test_the_grid_grows_until_the_best_rate_is_within_it(
-    best: float, tried: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    seen = set()
-
-    def run_all(runs, *_, **__):
-        seen.update(run.rate for run in runs)
-        return [{"train_loss": abs(run.rate - best)} for run in runs]
-
-    monkeypatch.setattr(lake, "run_all", run_all)
-    assert lake.tune("cnn_8", (1e-3, 2e-3, 4e-3), tmp_path, 1.0) == best
-    assert len(seen) == tried and min(seen) < best < max(seen)
-
-
 def test_whole_image_networks_have_four_layers_at_every_resolution():
     assert [str(make_model(Run(f"cnn_{r}", 0, 1.0)).features) for r in (1, 2, 4)] == [
         str(make_model(Run("cnn_8", 0, 1.0)).features)

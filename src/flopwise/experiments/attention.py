@@ -7,7 +7,7 @@ on the whole image at several resolutions, all under the same budget.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,14 +21,14 @@ from flopwise.attention_sampling.expectation import Estimator
 from flopwise.core import Budget, Ledger
 from flopwise.core.batch import Examples
 from flopwise.experiments.digits_in_noise import DigitsInNoise
-from flopwise.experiments.runner import Records, run_all, save_checkpoint
+from flopwise.experiments.runner import Records, run_all, save_checkpoint, tune_rate
 from flopwise.models.glimpse import GlimpseClassifier, GlimpseConfig, feature_network, initialise
 
 ESTIMATORS = tuple(name for name in get_args(Estimator) if name != "topk")
 WHOLE = {"cnn_1": 1, "cnn_2": 2, "cnn_4": 4}  # the patches' layers on all of the image, each side reduced so much
 LOW = {"lowres_4": 4, "lowres_8": 8}  # a network made for the reduced image
 REDUCED = WHOLE | LOW
-RATES = dict.fromkeys(LOW, 4e-3)  # the best of a grid, for a plan that tunes nothing
+RATES = dict.fromkeys(LOW, 8e-3)  # the best of a grid, for a plan that tunes nothing
 TEST_IMAGES = 2000
 TEST_SEED = 1_000_000
 CURVE_POINTS = 10
@@ -53,7 +53,7 @@ class Plan:
 
     seconds: float = 360.0
     methods: tuple[str, ...] = (*ESTIMATORS, "cnn_1", *LOW)
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     seeds: int = 3
     side: int = 1500
 
@@ -98,19 +98,17 @@ def compare(plan: Plan, folder: Path) -> None:
         for seed in range(plan.seeds)
         for method in plan.methods
     ]
-    records = Records(folder)
-    for run in runs:  # the best of the grid is the run with seed 0
-        tuned = records.find(replace(run, kind="tune"))
-        if tuned is not None and records.find(run) is None:
-            records.add(run, {**tuned, "kind": "run"})
+    Records(folder).take_tuned(runs)
     run_all(runs, train, folder, title="training")
 
 
 def tune(method: str, plan: Plan, folder: Path) -> float:
     """The rate with which a method has the lowest training loss."""
-    grid = [Run(method, 0, plan.seconds, rate, side=plan.side, kind="tune") for rate in plan.rates]
-    records = run_all(grid, train, folder, title=f"tuning {method}")
-    return min(zip(records, grid, strict=True), key=lambda pair: pair[0]["train_loss"] or float("inf"))[1].rate
+
+    def run_with(rate: float) -> Run:
+        return Run(method, 0, plan.seconds, rate, side=plan.side, kind="tune")
+
+    return tune_rate(plan.rates, run_with, train, folder, title=f"tuning {method}").rate
 
 
 class WholeImage(nn.Module):

@@ -11,7 +11,6 @@ All append to FOLDER/records.jsonl and leave out what is there already. All sett
 """
 
 import json
-import math
 import re
 import sys
 from collections import Counter
@@ -47,7 +46,7 @@ from flopwise.experiments.baselines import (
 )
 from flopwise.experiments.importance import small_cnn
 from flopwise.experiments.passes import ShuffledPasses
-from flopwise.experiments.runner import Record, Records, run_all
+from flopwise.experiments.runner import Record, Records, run_all, tune_rate
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
 RATIO = 6  # batches in a presample, for every method
@@ -152,12 +151,9 @@ def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METH
     """For every setting, tune uniform sampling's rate, then train every method with it and every seed."""
     for name in names:
         tuned = tune(name, folder)
-        records = Records(folder)
         ours = able(SETTINGS[name], methods)
         runs = [replace(tuned, kind="run", method=method, seed=seed) for seed in range(seeds) for method in ours]
-        for run in runs:  # the best cell of the grid is uniform's run with seed 0
-            if run.method == "uniform" and run.seed == 0 and records.find(run) is None:
-                records.add(run, {**(records.find(tuned) or {}), "kind": "run"})
+        Records(folder).take_tuned(runs)
         run_all(runs, train, folder, title=name)
 
 
@@ -181,15 +177,12 @@ def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str
 
 def tune(name: str, folder: Path) -> Run:
     """The run of uniform sampling whose rate gives the lowest training loss, inside the grid."""
-    setting, rates = SETTINGS[name], sorted(SETTINGS[name].rates)
-    while True:
-        grid = [Run(name, "uniform", 0, rate, setting.flops, kind="tune") for rate in rates]
-        records = run_all(grid, train, folder, title=f"{name}: tuning uniform sampling")
-        losses = [math.inf if record["train_loss"] is None else record["train_loss"] for record in records]
-        best = losses.index(min(losses))
-        if 0 < best < len(rates) - 1:
-            return grid[best]
-        rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+    setting = SETTINGS[name]
+
+    def run_with(rate: float) -> Run:
+        return Run(name, "uniform", 0, rate, setting.flops, kind="tune")
+
+    return tune_rate(setting.rates, run_with, train, folder, title=f"{name}: tuning uniform sampling")
 
 
 def audit(name: str, *, budget: int | None = None, seconds: float = 60.0) -> Audit:

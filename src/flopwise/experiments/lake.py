@@ -28,7 +28,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
 from flopwise.core import Budget
 from flopwise.core.batch import Examples
 from flopwise.experiments.attention import CpuLedger, WholeImage, parameter_groups, set_rates, step
-from flopwise.experiments.runner import Records, run_all
+from flopwise.experiments.runner import Records, run_all, tune_rate
 from flopwise.models.glimpse import GlimpseClassifier, GlimpseConfig
 
 HEIGHT, WIDTH = 2700, 5400  # of the photograph
@@ -74,31 +74,23 @@ class Run:
 
 def compare(folder: Path, *, seconds: float = 45.0, seeds: int = 3) -> None:
     """Tune every method's rate with seed 0, then train with every seed: `folder`/records.jsonl."""
-    best = {method: tune(method, RATES, folder, seconds) for method in METHODS}
+
+    def tuned(method: str) -> float:
+        def run_with(rate: float) -> Run:
+            return Run(method, 0, seconds, rate, kind="tune")
+
+        return tune_rate(RATES, run_with, train, folder, title=f"tuning {method}").rate
+
+    best = {method: tuned(method) for method in METHODS}
     best |= dict.fromkeys(FULL, best["cnn_4"])
     runs = [
         Run(method, seed, seconds, rate, batch_size=2 if method in FULL else 8)
         for seed in range(seeds)
         for method, rate in best.items()
     ]
-    records = Records(folder)
-    for run in runs:  # the best of the grid is the run with seed 0
-        tuned = records.find(replace(run, kind="tune"))
-        if tuned is not None and records.find(run) is None:
-            records.add(run, {**tuned, "kind": "run"})
+    Records(folder).take_tuned(runs)
     run_all(runs, train, folder, title="lakes")
     show(folder, Run(OURS, 0, seconds, best[OURS], kind="tune"))
-
-
-def tune(method: str, rates: tuple[float, ...], folder: Path, seconds: float) -> float:
-    """The rate with the lowest training loss; the grid grows until the best is not on its edge."""
-    while True:
-        grid = [Run(method, 0, seconds, rate, kind="tune") for rate in rates]
-        losses = [record["train_loss"] for record in run_all(grid, train, folder, title=f"tuning {method}")]
-        best = losses.index(min(losses))
-        if 0 < best < len(rates) - 1:
-            return rates[best]
-        rates = (rates[0] / 2, *rates) if best == 0 else (*rates, 2 * rates[-1])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs an experiment's runs side by side, one core each, and keeps their records; an interrupted one can go on."""
 
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ class Records:
         """The record of this run, if it has ended before."""
         wanted = asdict(run)
         return next((record for record in self.all if record["run"] == wanted), None)
+
+    def take_tuned(self, runs: Iterable[Run]) -> None:
+        """A tuning run is the run that it was for: it is not trained again."""
+        for run in runs:
+            tuned = self.find(replace(run, kind="tune"))
+            if tuned is not None and self.find(run) is None:
+                self.add(run, {**tuned, "kind": run.kind})
 
     def add(self, run: Run, record: Record) -> Record:
         record = {**record, "run": asdict(run), **provenance()}
@@ -80,6 +88,21 @@ def run_all(runs: Iterable[Run], train: Train, folder: Path, *, title: str) -> l
             pool.terminate()
             pool.join()
     return [record for run in runs if (record := records.find(run)) is not None]
+
+
+def tune_rate(
+    rates: Iterable[float], run_with: Callable[[float], Run], train: Train, folder: Path, *, title: str
+) -> Run:
+    """The run with the lowest training loss. The grid of rates grows until the best is not on its edge."""
+    rates = sorted(rates)
+    while True:
+        grid = [run_with(rate) for rate in rates]
+        records = run_all(grid, train, folder, title=title)
+        losses = [math.inf if record["train_loss"] is None else record["train_loss"] for record in records]
+        best = losses.index(min(losses))
+        if 0 < best < len(rates) - 1:
+            return grid[best]
+        rates = [rates[0] / 2, *rates] if best == 0 else [*rates, 2 * rates[-1]]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
