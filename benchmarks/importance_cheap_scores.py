@@ -1,9 +1,9 @@
 """Cheaper scores: what each costs, and what drawing by it is really worth, against exact gradient norms.
 
-    python benchmarks/importance_cheap_scores.py [SETTING ...]      one to three minutes a setting on one thread
+    python benchmarks/importance_cheap_scores.py [SETTING ...]      two to five minutes a setting on one thread
 
 The network of each setting of `flopwise.experiments.importance_settings` is trained uniformly, batches of 16, Adam, for
-the setting's whole budget. Along with it, on the same batches, learn small networks (proxies; one of them on a reduced
+the setting's whole budget. Along with it, on the same batches and at the same rate, learn small networks (proxies; one of them on a reduced
 picture) and heads on its first layers (a truncated model; the model is not changed). Scores remembered from the last
 time cost nothing. At a quarter, a half and three quarters of the budget, for each:
 R = (1 + c r + t) * variance(r) at its best r, c the cost of scoring and t that of training the scorer along, both
@@ -28,7 +28,7 @@ from flopwise.importance_sampling import cosine, gradient_norm_score, relative_v
 from flopwise.importance_sampling.gate import RATIOS
 
 RESULTS = Path(__file__).parent / "results" / "importance_cheap_scores.jsonl"
-MEASURED = 600
+MEASURED = 1200
 SHARES = (0.25, 0.5, 0.75)
 
 
@@ -94,9 +94,10 @@ def measure(
     }
     for name, scorer in {"the model": model, **beside}.items():
         with torch.no_grad():
-            c = flops(lambda scorer=scorer: scorer(few)) / step(model)
-        t = 0.0 if scorer is model else step(scorer) / step(model)
-        rows[name] = (scores_of(scorer, x, y), c, t)
+            scoring = flops(lambda scorer=scorer: scorer(few))
+        training = step(model)
+        t = 0.0 if scorer is model else step(scorer) / training
+        rows[name] = (scores_of(scorer, x, y), scoring / training, t)
     model.train()
     found = {}
     for name, (score, c, t) in rows.items():
@@ -114,7 +115,7 @@ def main(name: str) -> None:
     rate = sorted(setting.rates)[len(setting.rates) // 2]
     beside = scorers(setting, model)
     optimizer = torch.optim.Adam(model.parameters(), rate)
-    beside_optimizer = torch.optim.Adam([p for module in beside.values() for p in module.parameters()], 2e-3)
+    beside_optimizer = torch.optim.Adam([p for module in beside.values() for p in module.parameters()], rate)
     remembered = torch.full((len(data.train_y),), float("nan"))
     steps, done = uniform_steps(setting), 0
     batches = iter(passes(setting, data, size=setting.batch_size, seed=0))
@@ -123,7 +124,7 @@ def main(name: str) -> None:
         while done < share * steps:
             x, y, index = next(batches)
             outputs = model(x)
-            for group in optimizer.param_groups:
+            for group in (*optimizer.param_groups, *beside_optimizer.param_groups):
                 group["lr"] = rate * cosine(done / steps)
             loss(outputs, y).mean().backward()
             optimizer.step()
