@@ -57,7 +57,7 @@ def overhead() -> str:
 
 
 def importance_settings() -> str:
-    """Ours, as it comes, and tuned uniform sampling in every setting; how often it and a proxy were better and worse."""
+    """Ours, as it comes, and tuned uniform sampling in every setting; how often it and a proxy were better or worse."""
     results = _settings()
     table = settings.markdown(*settings.comparison(results, settings.OURS))
     return "\n".join([table, *settings.summary(results), *settings.summary(results, settings.PROXY)])
