@@ -34,7 +34,7 @@ from flopwise.integrations.trainer import ImportanceSamplingMixin
 
 RESULTS = Path(__file__).parent / "results" / "importance_trainers.jsonl"
 BATCH, RATIO = 64, 6
-ROUNDS, STEPS = 9, 48
+ROUNDS, STEPS = 21, 48
 
 
 def kept_off(sampler: ImportanceSampler) -> ImportanceSampler:
@@ -210,8 +210,8 @@ def main() -> None:
             runs = make(folder)
             for run in runs.values():
                 run()  # warm up, and count FLOPs
-            times = [{way: run() for way, run in runs.items()} for _ in range(ROUNDS)]
-            noise = [runs["plain"]() / runs["plain"]() for _ in range(5)]
+            times = [{way: run() for way, run in (runs | {"again": runs["plain"]}).items()} for _ in range(ROUNDS)]
+            noise = [round_["again"] / round_["plain"] for round_ in times]
             record["overhead"][name] = {
                 way: median(round_[way] / round_["plain"] for round_ in times) for way in ("never", "auto, off")
             } | {"plain over itself (the noise)": median(noise), "plain step, ms": 1e3 * median(

@@ -53,6 +53,14 @@ def test_better_is_beyond_two_standard_errors():
     assert results.against("tiles", "infobatch", "run", "train_loss") is None
 
 
+def test_one_seed_is_neither_better_nor_worse():
+    records = [*RECORDS, *runs("tiles", "infobatch", [0.1])]
+    results = settings.Results.of(records)
+    assert results.counts("infobatch", "run", "train_loss") == {"better": 0, "equal": 0, "worse": 1}
+    _, (_, tiles) = settings.comparison(results, "infobatch")
+    assert tiles[0] == "tiles" and tiles[1].endswith("one seed")
+
+
 def test_a_method_that_diverged_has_no_mean():
     records = [*RECORDS, run("texts", "flopwise", 3, None)]
     assert settings.Results.of(records).against("texts", "flopwise", "run", "train_loss") is None

@@ -91,8 +91,8 @@ class Results:
 
     def counts(self, method: str, kind: str, key: str) -> dict[str, int]:
         """In how many settings a method is better, equal, worse than uniform sampling."""
-        found = [f for setting in self.settings if (f := self.against(setting, method, kind, key))]
-        return {word: sum(f.outcome == outcome for f in found) for outcome, word in OUTCOMES.items()}
+        found = [_outcome(f) for setting in self.settings if (f := self.against(setting, method, kind, key))]
+        return {word: found.count(word) for word in OUTCOMES.values()}
 
     def measured_R(self, setting: str, method: str = OURS) -> float:
         return fmean(measured_R(r["curve"]) for r in self.runs[setting, method, "run"])
@@ -132,7 +132,7 @@ def predictions(results: Results) -> tuple[list[str], list[list[str]]]:
         if audit and loss:
             said = f"{percent(audit['course']['needed'])}: {'yes' if audit['helps'] else 'no'}"
             right = "yes" if audit["helps"] == (loss.outcome == "lower") else "no"
-            cells = [said, OUTCOMES[loss.outcome], right]
+            cells = [said, _outcome(loss), right]
             rows.append([setting, *cells, f"{audit['course']['R']:.2f}", f"{results.measured_R(setting):.2f}"])
     return columns, rows
 
@@ -188,7 +188,11 @@ def _against(found: Against | None, key: str) -> str:
         return "–"
     scale, unit = (100, " %") if key == "test_error" else (1, "")
     figures = f"{scale * found.uniform:.3g}{unit} / {scale * found.variant:.3g}{unit}"
-    return f"{figures} ({found.ratio:.2f} x) {OUTCOMES[found.outcome]}"
+    return f"{figures} ({found.ratio:.2f} x) {_outcome(found)}"
+
+
+def _outcome(found: Against) -> str:
+    return "one seed" if found.noise == "unknown" else OUTCOMES[found.outcome]
 
 
 # The page
@@ -200,10 +204,12 @@ def sections(records: Sequence[Record]) -> list[Section]:
     if not results.settings:
         text = "Uniform sampling is tuned first; the same command goes on."
         return [Section("Importance sampling in several trainings: not finished", paragraph(text, "lead"))]
-    return under(_outcome(results), [*(_setting(results, setting) for setting in results.settings), _measured(records)])
+    return under(
+        _overview(results), [*(_setting(results, setting) for setting in results.settings), _measured(records)]
+    )
 
 
-def _outcome(results: Results) -> Section:
+def _overview(results: Results) -> Section:
     counts = results.counts(OURS, "run", "train_loss")
     title = (
         f"Importance sampling in {plural(sum(counts.values()), 'training')}: lower training loss in "
