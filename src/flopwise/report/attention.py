@@ -29,6 +29,7 @@ NAMES = {
     "cnn_8": "the whole image at 1/8",
 }
 OURS = "murthy"
+WHOLE = ("cnn", "lowres")  # begin the names of methods without attention
 COLUMNS = ["method", "test error, %", "top-k at test time, %", "seeds", "rate", "images seen", "FLOPs"]
 
 
@@ -62,8 +63,8 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
                 _topk(found),
                 str(len(found)),
                 f"{found[0]['rate']:g}" if finite(found[0].get("rate")) else "–",
-                str(found[0]["examples"]),
-                flops_text(found[0]["flops"]) if finite(found[0].get("flops")) else "–",
+                f"{mean(run['examples'] for run in found):.0f}",
+                flops_text(mean(run["flops"] for run in found)) if finite(found[0].get("flops")) else "–",
             ]
         )
     return lines
@@ -92,7 +93,7 @@ def _error(runs: Sequence[Record]) -> tuple[float, float | None]:
 
 
 def _verdict(runs: dict[str, list[Record]], tuned: set[str]) -> Section:
-    whole = [method for method in runs if method.startswith(("cnn", "lowres"))]
+    whole = [method for method in runs if method.startswith(WHOLE)]
     if OURS not in runs or not whole:
         return Section(
             "Attention sampling", paragraph("The comparison is not finished; the same command goes on.", "lead")
@@ -149,20 +150,22 @@ def _shipped(trained: Record, costs: Sequence[Record]) -> Section:
 
 
 def _comparison(records: Sequence[Record], runs: dict[str, list[Record]]) -> Section:
-    series = []
-    for colour, (method, found) in enumerate(runs.items()):
-        first = found[0]["curve"]
-        points = [(p["seconds"], 100 * p["test_error"]) for p in first if finite(p.get("test_error"))]
-        if points:
-            series.append(Series(NAMES.get(method, method), points, colour=colour % 4))
+    estimators = [method for method in runs if not method.startswith(WHOLE)]
+    whole = [method for method in runs if method.startswith(WHOLE)]
     charts = []
-    for name, chosen in (("Every estimator", [s for s in series if "sampling" in s.name]), ("All", series)):
-        if len(chosen) > 1:
+    for name, chosen in (("Every estimator", estimators), ("Beside networks on the whole image", [OURS, *whole])):
+        series = []
+        for colour, method in enumerate(chosen[:4]):  # as many colours as there are
+            curve = runs[method][0]["curve"] if method in runs else []
+            points = [(p["seconds"], 100 * p["test_error"]) for p in curve if finite(p.get("test_error"))]
+            if points:
+                series.append(Series(NAMES.get(method, method), points, colour=colour))
+        if len(series) > 1:
             x, y = Axis("processor time", "s"), Axis("test error", "%")
-            charts.append(line_chart(f"{name}: test error against time, seed 0", chosen[:4], x=x, y=y))
+            charts.append(line_chart(f"{name}: test error against time, seed 0", series, x=x, y=y))
     text = (
         "Large images hold five digits among fifty strokes: which digit is there three times? All methods have the "
-        "same seconds; attention sampling and the networks over all pixels have the same layers."
+        "same seconds. Networks on the whole image have the patches' layers, but for those made for an image of that size."
     )
     return Section(
         "At equal seconds", paragraph(text) + side_by_side(charts) + table("Test error", COLUMNS, rows(records))
