@@ -165,7 +165,7 @@ def _comparison(records: Sequence[Record], runs: dict[str, list[Record]]) -> Sec
             charts.append(line_chart(f"{name}: test error against time, seed 0", series, x=x, y=y))
     text = (
         "Large images hold five digits among fifty strokes: which digit is there three times? All methods have the "
-        "same seconds. Networks on the whole image have the patches' layers, but for those made for an image of that size."
+        "same seconds. Networks on the whole image have the patches' layers, but for those made for its size."
     )
     return Section(
         "At equal seconds", paragraph(text) + side_by_side(charts) + table("Test error", COLUMNS, rows(records))
