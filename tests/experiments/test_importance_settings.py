@@ -17,6 +17,8 @@ TINY = 6e9
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "CURVE_POINTS", 1)
+    monkeypatch.setattr(settings, "CURVE_EXAMPLES", 100)
+    monkeypatch.setattr(settings, "END_EXAMPLES", 200)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
