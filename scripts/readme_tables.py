@@ -12,13 +12,14 @@ from pathlib import Path
 from statistics import fmean, mean, stdev
 from typing import Any
 
+from flopwise.experiments.claims.attention import NEAR_CHANCE
 from flopwise.report import claims, lake, read_records, settings
 from flopwise.report.attention import NAMES, OURS, by_method
 from flopwise.report.importance import markdown_table
+from flopwise.report.page import markdown
 from flopwise.report.words import mean_std
 
 ROOT = Path(__file__).parents[1]
-NEAR_CHANCE = 0.8  # of the digits' test error: there is nothing to be equal to
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md",
@@ -60,26 +61,26 @@ def overhead() -> str:
 def importance_settings() -> str:
     """Ours, as it comes, and tuned uniform sampling in every setting; how often it and a proxy were better or worse."""
     results = _settings()
-    table = settings.markdown(*settings.comparison(results, settings.OURS))
+    table = markdown(*settings.comparison(results, settings.OURS))
     return "\n".join([table, *settings.summary(results), *settings.summary(results, settings.PROXY)])
 
 
 def importance_settings_all() -> str:
     """The same with the proxy and all baselines."""
     results = _settings()
-    proxy = settings.markdown(*settings.comparison(results, settings.PROXY))
+    proxy = markdown(*settings.comparison(results, settings.PROXY))
     said = (
         "With a proxy:",
         "All methods at equal FLOPs, training loss and test error relative to tuned uniform sampling's:",
     )
-    every = settings.markdown(*settings.all_methods(results))
+    every = markdown(*settings.all_methods(results))
     return "\n".join([importance_settings(), "", said[0], "", proxy, said[1], "", every])
 
 
 def importance_predictions() -> str:
     """What the audit said, and what came of it."""
     results = _settings()
-    return f"{settings.markdown(*settings.predictions(results))}\n{settings.audit_summary(results)}"
+    return f"{markdown(*settings.predictions(results))}\n{settings.audit_summary(results)}"
 
 
 def _settings() -> settings.Results:
@@ -96,7 +97,7 @@ def importance_cheap_scores() -> str:
         }
     names = dict.fromkeys(name for found in records.values() for name in found)
     rows = [[name, *(f"{found[name]:.2f}" if name in found else "–" for found in records.values())] for name in names]
-    return settings.markdown(["score", *records], rows)
+    return markdown(["score", *records], rows)
 
 
 def trainers_overhead() -> str:
@@ -107,7 +108,7 @@ def trainers_overhead() -> str:
         [name, *(f"{found[key]:.3f}" if "ms" not in key else f"{found[key]:.1f}" for key in columns)]
         for name, found in record["overhead"].items()
     ]
-    return settings.markdown(["trainer", *columns], rows)
+    return markdown(["trainer", *columns], rows)
 
 
 def newest(name: str, *keys: str) -> dict[tuple, dict[str, Any]]:
@@ -250,7 +251,7 @@ def attention_estimators() -> str:
 def lakes() -> str:
     """Attention sampling against networks on the whole crop at equal seconds, and who won."""
     records = read_records(RESULTS / "lake.jsonl")
-    return f"{lake.markdown_table(records)}\n\n{lake.verdict(records)}"
+    return f"{lake.markdown_table(records)}\n{lake.verdict(records)}"
 
 
 def large_images() -> str:
@@ -306,7 +307,7 @@ def attention_equal_error(side: str = "1504") -> str:
     ours = f"{step['ms'][OURS]:.3g} ms, {step['mb'][OURS]:.3g} MB"
     seconds, error = (mean(run[key] for run in runs[OURS]) for key in ("seconds", "test_error"))
     last = [NAMES[OURS], ours, f"{runs[OURS][0]['rate']:g}", f"{seconds:.0f} s: {100 * error:.1f} %", "–", "–"]
-    return settings.markdown(columns, [*rows, last])
+    return markdown(columns, [*rows, last])
 
 
 def _first(curve: Sequence[dict[str, Any]], error: float) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from flopwise.report import attention, clustered_sections, importance_sections, linear, settings
 from flopwise.report.clustered import FRONTIER
-from flopwise.report.page import Section, bullets, cards, paragraph, table, under
+from flopwise.report.page import Section, bullets, cards, markdown, paragraph, table, under
 from flopwise.report.records import Record, where_measured, without_number
 
 TEXTS = ("claim", "statement", "paper", "ours", "baseline", "budget", "verdict", "why", "rule", "limits")
@@ -72,8 +72,7 @@ def summary(records: Sequence[Record]) -> str:
 
 def markdown_table(records: Sequence[Record]) -> str:
     """The table in GitHub's markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, newest(records))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(COLUMNS, [cells(verdict) for verdict in newest(records)])
 
 
 def sections(records: Sequence[Record]) -> list[Section]:

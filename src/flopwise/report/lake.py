@@ -5,7 +5,7 @@ from html import escape
 from statistics import mean, stdev
 
 from flopwise.report.attention import NAMES
-from flopwise.report.page import Section, paragraph, table
+from flopwise.report.page import Section, markdown, paragraph, table
 from flopwise.report.records import Record, by_method_of, finite, of_no_kind, where_measured, without_number
 from flopwise.report.words import flops_text, mean_std, number, percent, plural
 
@@ -54,8 +54,7 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
 
 def markdown_table(records: Sequence[Record]) -> str:
     """For READMEs."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows(records)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(COLUMNS, rows(records))
 
 
 def verdict(records: Sequence[Record]) -> str:

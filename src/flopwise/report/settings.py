@@ -178,11 +178,6 @@ def audit_summary(results: Results) -> str:
     )
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *rows])
-
-
 def _against(found: Against | None, key: str) -> str:
     if found is None:
         return "–"
