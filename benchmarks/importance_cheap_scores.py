@@ -81,7 +81,7 @@ def measure(
     """c, t, the best r and R of every score, on one large batch."""
     model.eval()  # an example has no gradient of its own with batch statistics
     norms = gradient_norm_score(model, x, y, loss, chunk=8)
-    few, targets = x[: setting.batch_size], y[: setting.batch_size]
+    few, targets = x[: setting.middle[0]], y[: setting.middle[0]]
 
     def step(network: nn.Module) -> int:
         spent = flops(lambda: loss(network(few), targets).mean().backward())
@@ -118,7 +118,7 @@ def main(name: str) -> None:
     beside_optimizer = torch.optim.Adam([p for module in beside.values() for p in module.parameters()], rate)
     remembered = torch.full((len(data.train_y),), float("nan"))
     steps, done = uniform_steps(setting), 0
-    batches = iter(passes(setting, data, size=setting.batch_size, seed=0))
+    batches = iter(passes(setting, data, size=setting.middle[0], seed=0))
     stages = []
     for share in SHARES:
         while done < share * steps:

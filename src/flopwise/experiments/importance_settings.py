@@ -46,7 +46,7 @@ from flopwise.experiments.baselines import (
 )
 from flopwise.experiments.importance import small_cnn
 from flopwise.experiments.passes import ShuffledPasses
-from flopwise.experiments.runner import Record, Records, run_all, tune_rate
+from flopwise.experiments.runner import Record, Records, best_inside, run_all, training_loss, tune_rate
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
 RATIO = 6  # batches in a presample, for every method
@@ -89,15 +89,21 @@ class Setting:
         flops: of every run.
         rates: of Adam, the grid on which uniform sampling is tuned; it grows where the best is on its edge.
         proxy: seed -> a small network for the same task, for scores that cost little; None beside batch normalisation.
+        batch_sizes: the other grid on which uniform sampling is tuned; at each the rates are.
     """
 
     data: Callable[[], Data]
     model: Callable[[int], nn.Module]
     inputs: Callable[[Tensor, torch.Generator | None], Tensor]
-    batch_size: int
     flops: float
     rates: tuple[float, ...]
     proxy: Callable[[int], nn.Module] | None = None
+    batch_sizes: tuple[int, ...] = (8, 16, 32)
+
+    @property
+    def middle(self) -> tuple[int, float]:
+        """Batch size and rate, before they are tuned."""
+        return sorted(self.batch_sizes)[len(self.batch_sizes) // 2], sorted(self.rates)[len(self.rates) // 2]
 
 
 @dataclass(frozen=True)
@@ -107,13 +113,15 @@ class Run:
     setting: str
     method: str
     seed: int
+    batch_size: int
     rate: float
     flops: float
     kind: str = "run"
 
     @property
     def name(self) -> str:
-        return f"{self.setting}-{self.method}-seed{self.seed}-rate{self.rate:g}-flops{self.flops:.4g}"
+        who = f"{self.setting}-{self.method}-seed{self.seed}"
+        return f"{who}-batch{self.batch_size}-rate{self.rate:g}-flops{self.flops:.4g}"
 
 
 @dataclass(frozen=True)
@@ -176,22 +184,28 @@ def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str
 
 
 def tune(name: str, folder: Path) -> Run:
-    """The run of uniform sampling whose rate gives the lowest training loss, inside the grid."""
+    """The run of uniform sampling whose batch size and rate give the lowest training loss, inside both grids."""
     setting = SETTINGS[name]
 
-    def run_with(rate: float) -> Run:
-        return Run(name, "uniform", 0, rate, setting.flops, kind="tune")
+    def at(size: float) -> Run:
+        run = Run(name, "uniform", 0, round(size), 0.0, setting.flops, kind="tune")
+        title = f"{name}: tuning uniform sampling, batches of {run.batch_size}"
+        return tune_rate(setting.rates, lambda rate: replace(run, rate=rate), train, folder, title=title)
 
-    return tune_rate(setting.rates, run_with, train, folder, title=f"{name}: tuning uniform sampling")
+    def losses(sizes: list[float]) -> list[float]:
+        best = [at(size) for size in sizes]
+        return [training_loss(r) for run in best if (r := Records(folder).find(run))]
+
+    return at(best_inside(setting.batch_sizes, losses))
 
 
 def audit(name: str, *, budget: int | None = None, seconds: float = 60.0) -> Audit:
     """Predict for a setting that takes `budget` uniform steps, all that its FLOPs buy by default: measured at the start
-    and at some shares of them, at the rate in the middle of the grid with the runs' own schedule."""
+    and at some shares of them, at the batch size and rate in the middle of their grids with the runs' own schedule."""
     setting = SETTINGS[name]
-    data, rate = setting.data(), sorted(setting.rates)[len(setting.rates) // 2]
+    data, (batch_size, rate) = setting.data(), setting.middle
     budget = budget or uniform_steps(setting)
-    loader = passes(setting, data, size=setting.batch_size, seed=0)
+    loader = passes(setting, data, size=batch_size, seed=0)
 
     def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         adam, done = torch.optim.Adam(parameters, rate), count(1)
@@ -211,7 +225,7 @@ def audit(name: str, *, budget: int | None = None, seconds: float = 60.0) -> Aud
 def uniform_steps(setting: Setting) -> int:
     """How many the budget buys."""
     model = setting.model(0)
-    x, y, _ = next(iter(passes(setting, setting.data(), size=setting.batch_size, seed=0)))
+    x, y, _ = next(iter(passes(setting, setting.data(), size=setting.middle[0], seed=0)))
     with Ledger() as ledger:
         cross_entropy(model(x), y).backward()
     return round(setting.flops / ledger.flops)
@@ -232,8 +246,7 @@ def make_method(
     run: Run, model: nn.Module, proxy: nn.Module | None, examples: int, progress: Callable[[], float]
 ) -> Baseline | ImportanceSampler:
     """What decides which examples are trained on."""
-    size = SETTINGS[run.setting].batch_size
-    common: dict[str, Any] = {"batch_size": size, "seed": run.seed, "model": model}
+    common: dict[str, Any] = {"batch_size": run.batch_size, "seed": run.seed, "model": model}
     remembered = {"ids": lambda batch: batch[2], "examples": examples}
     make: dict[str, Callable[..., Any]] = {
         "uniform": Uniform,
@@ -259,7 +272,7 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
     budget = Budget(seconds=run.seconds) if isinstance(run, TimedRun) else Budget(flops=run.flops)
     ledger = CpuLedger()
     method = make_method(run, model, proxy, len(data.train_y), lambda: budget.share(ledger))
-    batches = method.batches(passes(setting, data, size=RATIO * setting.batch_size, seed=run.seed))
+    batches = method.batches(passes(setting, data, size=RATIO * run.batch_size, seed=run.seed))
     curve: list[dict[str, Any]] = []
 
     def point(limit: int) -> None:
@@ -296,7 +309,7 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
         "kind": run.kind,
         "setting": run.setting,
         "method": run.method,
-        "batch_size": setting.batch_size,
+        "batch_size": run.batch_size,
         "curve": curve,
         "flops": ledger.flops_by_phase,
         "seconds": curve[-1]["seconds"],
@@ -539,17 +552,17 @@ def transformer_of_words(seed: int, width: int = 64) -> nn.Module:
 small_of_rows, small_of_words = partial(transformer_of_rows, width=16), partial(transformer_of_words, width=16)
 
 SETTINGS = {
-    "fashion": Setting(fashion, small_cnn, fashion_inputs, 16, 1.5e12, (0.0005, 0.001, 0.002), half_resolution),
+    "fashion": Setting(fashion, small_cnn, fashion_inputs, 1.5e12, (0.0005, 0.001, 0.002), half_resolution),
     "label_noise": Setting(
         partial(fashion, noise=0.2),
-        small_cnn, fashion_inputs, 16, 1.5e12, (0.00025, 0.0005, 0.001, 0.002), half_resolution,
+        small_cnn, fashion_inputs, 1.5e12, (0.00025, 0.0005, 0.001, 0.002), half_resolution,
     ),
     "long_tail": Setting(
-        partial(fashion, tail=50.0), small_cnn, fashion_inputs, 16, 1e12, (0.0005, 0.001, 0.002), half_resolution
+        partial(fashion, tail=50.0), small_cnn, fashion_inputs, 1e12, (0.0005, 0.001, 0.002), half_resolution
     ),
-    "digit_rows": Setting(handwritten, transformer_of_rows, rows, 16, 1e12, (0.0005, 0.001, 0.002), small_of_rows),
-    "topics": Setting(topics, transformer_of_words, words, 16, 1e12, (0.0005, 0.001, 0.002), small_of_words),
-    "earth_tiles": Setting(earth_tiles, efficientnet, tiles, 16, 5e11, (0.0005, 0.001, 0.002)),
+    "digit_rows": Setting(handwritten, transformer_of_rows, rows, 1e12, (0.0005, 0.001, 0.002), small_of_rows),
+    "topics": Setting(topics, transformer_of_words, words, 1e12, (0.0005, 0.001, 0.002), small_of_words),
+    "earth_tiles": Setting(earth_tiles, efficientnet, tiles, 5e11, (0.0005, 0.001, 0.002)),
 }  # fmt: skip
 
 

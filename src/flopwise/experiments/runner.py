@@ -94,15 +94,27 @@ def tune_rate(
     rates: Iterable[float], run_with: Callable[[float], Run], train: Train, folder: Path, *, title: str
 ) -> Run:
     """The run with the lowest training loss. The grid of rates grows until the best is not on its edge."""
-    rates = sorted(rates)
+
+    def losses(rates: list[float]) -> list[float]:
+        return [training_loss(r) for r in run_all([run_with(rate) for rate in rates], train, folder, title=title)]
+
+    return run_with(best_inside(rates, losses))
+
+
+def best_inside(values: Iterable[float], losses: Callable[[list[float]], list[float]]) -> float:
+    """The value with the lowest loss. The grid grows, by halves and doubles, until the best is not on its edge."""
+    grid = sorted(values)
     while True:
-        grid = [run_with(rate) for rate in rates]
-        records = run_all(grid, train, folder, title=title)
-        losses = [math.inf if record["train_loss"] is None else record["train_loss"] for record in records]
-        best = losses.index(min(losses))
-        if 0 < best < len(rates) - 1:
+        of_grid = losses(grid)
+        best = of_grid.index(min(of_grid))
+        if 0 < best < len(grid) - 1:
             return grid[best]
-        rates = [rates[0] / 2, *rates] if best == 0 else [*rates, 2 * rates[-1]]
+        grid = [grid[0] / 2, *grid] if best == 0 else [*grid, 2 * grid[-1]]
+
+
+def training_loss(record: Record) -> float:
+    """Of a run; one that diverged has null for it."""
+    return math.inf if record["train_loss"] is None else record["train_loss"]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
