@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from flopwise import Ledger
 from flopwise.experiments.importance import small_cnn
@@ -46,9 +47,26 @@ class Exit(nn.Module):
         return self.head(hidden)
 
 
+class Itself(nn.Module):
+    """The model itself, at less cost: nothing learns along."""
+
+    def __init__(self, model: nn.Module, inputs: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model, self.inputs, self.dtype = [model], inputs, dtype  # in a list: not its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
+            return self.model[0](self.inputs(x)).float()
+
+
 def scorers(setting: Setting, model: nn.Module) -> dict[str, nn.Module]:
-    """What learns along."""
-    found = {"the setting's proxy": setting.proxy(0)} if setting.proxy else {}
+    """The model's cheaper forms, and what learns along."""
+    found: dict[str, nn.Module] = {"the model in bfloat16": Itself(model, lambda x: x, torch.bfloat16)}
+    if setting.proxy:
+        found["the setting's proxy"] = setting.proxy(0)
+    else:  # convolutions, whatever the size
+        found["the model on half the resolution"] = Itself(model, lambda x: avg_pool2d(x, 2))
+        found["the model on a quarter of it"] = Itself(model, lambda x: avg_pool2d(x, 4))
     if isinstance(model, nn.Sequential):  # the small CNN
         found |= {
             "proxy of width 4 (the model: 24)": small_cnn(1, 4),
@@ -57,6 +75,10 @@ def scorers(setting: Setting, model: nn.Module) -> dict[str, nn.Module]:
             "exit after convolution 2": Exit(model, 4, 48),
         }
     return found
+
+
+def learning(scorers: dict[str, nn.Module]) -> list[nn.Module]:
+    return [scorer for scorer in scorers.values() if not isinstance(scorer, Itself)]
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -96,7 +118,7 @@ def measure(
         with torch.no_grad():
             scoring = flops(lambda scorer=scorer: scorer(few))
         training = step(model)
-        t = 0.0 if scorer is model else step(scorer) / training
+        t = step(scorer) / training if scorer in learning(beside) else 0.0
         rows[name] = (scores_of(scorer, x, y), scoring / training, t)
     model.train()
     found = {}
@@ -114,8 +136,7 @@ def main(name: str) -> None:
     data, model = setting.data(), setting.model(0)
     rate = sorted(setting.rates)[len(setting.rates) // 2]
     beside = scorers(setting, model)
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    beside_optimizer = torch.optim.Adam([p for module in beside.values() for p in module.parameters()], rate)
+    optimizers = [torch.optim.Adam(module.parameters(), rate) for module in (model, *learning(beside))]
     remembered = torch.full((len(data.train_y),), float("nan"))
     steps, done = uniform_steps(setting), 0
     batches = iter(passes(setting, data, size=setting.middle[0], seed=0))
@@ -124,15 +145,14 @@ def main(name: str) -> None:
         while done < share * steps:
             x, y, index = next(batches)
             outputs = model(x)
-            for group in (*optimizer.param_groups, *beside_optimizer.param_groups):
-                group["lr"] = rate * cosine(done / steps)
-            loss(outputs, y).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
             remembered[index] = upper_bound_score(outputs, y, loss)
-            torch.stack([loss(scorer(x), y).mean() for scorer in beside.values()]).sum().backward()
-            beside_optimizer.step()
-            beside_optimizer.zero_grad()
+            loss(outputs, y).mean().backward()
+            for scorer in learning(beside):
+                loss(scorer(x), y).mean().backward()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = rate * cosine(done / steps)
+                optimizer.step()
+                optimizer.zero_grad()
             done += 1
         generator = torch.Generator().manual_seed(0)
         some = torch.randperm(len(data.train_y), generator=generator)[:MEASURED]
@@ -147,5 +167,5 @@ def main(name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or [name for name, setting in SETTINGS.items() if setting.proxy]:
+    for name in sys.argv[1:] or SETTINGS:
         main(name)

@@ -101,12 +101,17 @@ def tune_rate(
     return run_with(best_inside(rates, losses))
 
 
-def best_inside(values: Iterable[float], losses: Callable[[list[float]], list[float]]) -> float:
-    """The value with the lowest loss. The grid grows, by halves and doubles, until the best is not on its edge."""
+def best_inside(
+    values: Iterable[float], losses: Callable[[list[float]], list[float]], *, tolerance: float = 0.0
+) -> float:
+    """The value with the lowest loss or, of those whose loss is lower than (1 + tolerance) times it, the largest.
+
+    The grid grows, by halves and doubles, until that one is not on its edge.
+    """
     grid = sorted(values)
     while True:
         of_grid = losses(grid)
-        best = of_grid.index(min(of_grid))
+        best = max(i for i, loss in enumerate(of_grid) if loss <= (1 + tolerance) * min(of_grid))
         if 0 < best < len(grid) - 1:
             return grid[best]
         grid = [grid[0] / 2, *grid] if best == 0 else [*grid, 2 * grid[-1]]
