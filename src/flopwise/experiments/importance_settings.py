@@ -23,6 +23,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def predict(names: Iterable[str], folder: Path) -> None:
 def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METHODS, seeds: int = 3) -> None:
     """For every setting, tune uniform sampling's rate, then train every method with it and every seed."""
     for name in names:
-        tuned = tune(name, folder)
+        tuned = tune(name, folder, seeds=seeds)
         ours = able(SETTINGS[name], methods)
         runs = [replace(tuned, kind="run", method=method, seed=seed) for seed in range(seeds) for method in ours]
         Records(folder).take_tuned(runs)
@@ -184,23 +185,27 @@ def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str
         run_all(runs, train, folder, title=f"{name}, equal seconds")
 
 
-def tune(name: str, folder: Path) -> Run:
+def tune(name: str, folder: Path, *, seeds: int = 3) -> Run:
     """The run of uniform sampling whose batch size and rate give the lowest training loss, inside both grids.
 
-    Of batch sizes that differ by less than `ALIKE`, and so by less than seeds do, the largest: it takes less time.
+    Rates are compared on one seed and batch sizes, each at its best rate, on all of them. Of batch sizes that differ by
+    less than `ALIKE` the largest is taken: it takes less time.
     """
     setting = SETTINGS[name]
+    title = f"{name}: tuning uniform sampling, batches of"
 
     def at(size: float) -> Run:
         run = Run(name, "uniform", 0, round(size), 0.0, setting.flops, kind="tune")
-        title = f"{name}: tuning uniform sampling, batches of {run.batch_size}"
-        return tune_rate(setting.rates, lambda rate: replace(run, rate=rate), train, folder, title=title)
+        return tune_rate(
+            setting.rates, lambda rate: replace(run, rate=rate), train, folder, title=f"{title} {run.batch_size}"
+        )
 
-    def losses(sizes: list[float]) -> list[float]:
-        best = [at(size) for size in sizes]
-        return [training_loss(r) for run in best if (r := Records(folder).find(run))]
+    def loss(size: float) -> float:
+        runs = [replace(at(size), seed=seed) for seed in range(seeds)]
+        return fmean(map(training_loss, run_all(runs, train, folder, title=f"{title} {round(size)}, all seeds")))
 
-    return at(best_inside(setting.batch_sizes, losses, tolerance=ALIKE))
+    size = best_inside(setting.batch_sizes, lambda sizes: [loss(size) for size in sizes], tolerance=ALIKE)
+    return at(size)
 
 
 def audit(name: str, *, budget: int | None = None, seconds: float = 60.0) -> Audit:
