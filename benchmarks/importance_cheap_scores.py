@@ -66,7 +66,6 @@ def scorers(setting: Setting, model: nn.Module) -> dict[str, nn.Module]:
         found["the setting's proxy"] = setting.proxy(0)
     else:  # convolutions, whatever the size
         found["the model on half the resolution"] = Itself(model, lambda x: avg_pool2d(x, 2))
-        found["the model on a quarter of it"] = Itself(model, lambda x: avg_pool2d(x, 4))
     if isinstance(model, nn.Sequential):  # the small CNN
         found |= {
             "proxy of width 4 (the model: 24)": small_cnn(1, 4),

@@ -1,5 +1,7 @@
 """The sampler: unbiased steps, what it does when the gate is off, and what it says to bad input."""
 
+from math import isnan
+
 import checks
 import pytest
 import torch
@@ -279,9 +281,17 @@ class TestGate:
         sampler = make_sampler(gate="auto", cost="seconds")
         self.run(sampler, examples(256), 64, 128)
         known = dict(sampler._costs.known)
-        assert set(known) == {"scoring", "training"} and all(v > 0 for v in known.values())
+        assert set(known) == {"loading", "scoring", "training"} and all(v > 0 for v in known.values())
         self.run(sampler, examples(256), 64, 64)
         assert sampler._costs.known == known
+
+    def test_seconds_have_loading_in_them(self):
+        sampler = make_sampler(gate="auto", cost="seconds")
+        self.run(sampler, examples(256), 64, 128)
+        sampler._costs.known.update(loading=2.0, scoring=1.0, training=3.0)
+        assert sampler.metrics()["scoring_cost"] == 0.6
+        sampler._costs.known.pop("loading")
+        assert isnan(sampler.metrics()["scoring_cost"])
 
     def test_metrics_reach_the_callback_once_a_presample(self):
         seen = []

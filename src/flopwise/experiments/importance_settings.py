@@ -255,12 +255,13 @@ def make_method(
     run: Run, model: nn.Module, proxy: nn.Module | None, examples: int, progress: Callable[[], float]
 ) -> Baseline | ImportanceSampler:
     """What decides which examples are trained on."""
+    cost = "seconds" if isinstance(run, TimedRun) else "flops"  # what a proxy's gate counts
     common: dict[str, Any] = {"batch_size": run.batch_size, "seed": run.seed, "model": model}
     remembered = {"ids": lambda batch: batch[2], "examples": examples}
     make: dict[str, Callable[..., Any]] = {
         "uniform": Uniform,
         "flopwise": ImportanceSampler,
-        "flopwise_proxy": partial(ImportanceSampler, proxy=proxy and (lambda batch: proxy(batch[0]))),
+        "flopwise_proxy": partial(ImportanceSampler, proxy=proxy and (lambda batch: proxy(batch[0])), cost=cost),
         "random_subset": RandomSubset,
         "loss": loss_based,
         "history": partial(History, **remembered),

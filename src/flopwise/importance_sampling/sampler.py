@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 from statistics import median
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -91,8 +92,8 @@ class ImportanceSampler:
         batch_size: b, examples per training step.
         gate: "auto" samples while the variance at equal cost is estimated below uniform's, and chooses r; "paper" uses
             the rule of Algorithm 1; "always"; "never".
-        cost: what "equal cost" means: "flops", counted and so reproducible, or "seconds", timed over the first steps
-            and then frozen (they are in the state, so a resumed run goes on with them).
+        cost: what "equal cost" means: "flops", counted and so reproducible, or "seconds", timed over the first steps,
+            with loading, and then frozen (they are in the state, so a resumed run goes on with them).
         draw: "without_replacement" (Horvitz-Thompson, the default: less variance) or "with_replacement" (the paper).
         smoothing: share of the uniform distribution in p, 0 to 1; caps every weight at 1 / smoothing.
         seed: of the draws.
@@ -251,10 +252,14 @@ class ImportanceSampler:
         while True:
             if stateful:
                 self._loader_state = loader.state_dict()  # type: ignore[attr-defined]
+            started = perf_counter()
             try:
-                yield next(iterator)
+                presample = next(iterator)
             except StopIteration:
                 return
+            if self._costs.timed and self._costs.needs("loading"):
+                self._costs.add_timing("loading", (perf_counter() - started) / len(Examples(presample)))
+            yield presample
 
     def select(self, presample: Any) -> WeightedBatch:
         """Score `presample` and draw `batch_size` examples from it, whatever the gate says: for hand-written loops.
@@ -533,8 +538,8 @@ class ImportanceSampler:
 
     def _agree(self, evidence: list[float]) -> list[float]:
         """The evidence of all ranks, added up; on the way they agree on the cost of scoring."""
-        known = self._costs.known if self._costs.ratio is not None else {}
-        costs = [float(bool(known)), known.get("scoring", 0.0), known.get("training", 0.0)]
+        known = self._costs.per_example
+        costs = [float(known is not None), *(known or (0.0, 0.0))]
         ready, scoring, training, *evidence = self._ranks.sum(costs + evidence)
         self._common_cost = scoring / training if ready == self._ranks.count else None
         return evidence
@@ -552,18 +557,29 @@ class ImportanceSampler:
 
 @dataclass
 class _Costs:
-    """FLOPs (or seconds) per example of scoring and of training; seconds are medians, frozen after the first steps."""
+    """FLOPs (or seconds) per example of scoring and of training.
+
+    Seconds are medians, frozen after the first steps, and have loading beside them: while sampling, every candidate is
+    loaded, and otherwise only what is trained on.
+    """
 
     timed: bool
     known: dict[str, float] = field(default_factory=dict)
-    timings: dict[str, list[float]] = field(default_factory=lambda: {"scoring": [], "training": []})
+    timings: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def per_example(self) -> tuple[float, float] | None:
+        """Of a candidate, and of one that is trained on; None while unknown."""
+        if any(map(self.needs, ("loading", "scoring", "training") if self.timed else ("scoring", "training"))):
+            return None
+        loading = self.known.get("loading", 0.0)
+        candidate, trained = self.known["scoring"] + loading, self.known["training"] + loading
+        return (candidate, trained) if trained > 0 else None
 
     @property
     def ratio(self) -> float | None:
         """c, the cost of scoring one example over that of training on one; None while unknown."""
-        if len(self.known) < 2 or self.known["training"] == 0:
-            return None
-        return self.known["scoring"] / self.known["training"]
+        return None if self.per_example is None else self.per_example[0] / self.per_example[1]
 
     def needs(self, kind: str) -> bool:
         return kind not in self.known
@@ -571,10 +587,15 @@ class _Costs:
     def add(self, kind: str, cost: Cost) -> None:
         if not self.timed:
             self.known[kind] = cost.flops / cost.examples
-        elif kind not in self.known and not cost.counted:  # counting FLOPs slows the step that is counted
-            self.timings[kind].append(cost.seconds / cost.examples)
-            if len(self.timings[kind]) >= TIMED_STEPS:
-                self.known[kind] = median(self.timings[kind])
+        elif not cost.counted:  # counting FLOPs slows the step that is counted
+            self.add_timing(kind, cost.seconds / cost.examples)
+
+    def add_timing(self, kind: str, seconds: float) -> None:
+        if self.needs(kind):
+            timings = self.timings.setdefault(kind, [])
+            timings.append(seconds)
+            if len(timings) >= TIMED_STEPS:
+                self.known[kind] = median(timings)
 
     def state_dict(self) -> dict[str, Any]:
         return {"known": dict(self.known), "timings": {kind: list(times) for kind, times in self.timings.items()}}
