@@ -53,6 +53,7 @@ from flopwise.importance_sampling import ImportanceSampler, cosine
 RATIO = 6  # batches in a presample, for every method
 ALIKE = 0.05
 CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
+WIDTH = 64  # of the transformers
 WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
 TILE = 64  # pixels a side
 TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
@@ -366,17 +367,17 @@ class SmallTransformer(nn.Module):
     """Two layers over a sequence, the mean over its positions, and a linear layer.
 
     Args:
-        embed: positions (b, n, ...) -> (b, n, width); an `nn.Embedding` leaves out its padding.
+        embed: positions (b, n, ...) -> (b, n, WIDTH); an `nn.Embedding` leaves out its padding.
     """
 
-    def __init__(self, embed: nn.Module, *, length: int, classes: int, seed: int, width: int = 64) -> None:
+    def __init__(self, embed: nn.Module, *, length: int, classes: int, seed: int) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(
-            width, nhead=4, dim_feedforward=2 * width, dropout=0.0, batch_first=True, norm_first=True
+            WIDTH, nhead=4, dim_feedforward=2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
         )
-        self.embed, self.position = embed, nn.Parameter(torch.zeros(length, width))
-        self.layers = nn.TransformerEncoder(layer, num_layers=2, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, classes)
+        self.embed, self.position = embed, nn.Parameter(torch.zeros(length, WIDTH))
+        self.layers = nn.TransformerEncoder(layer, num_layers=2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, classes)
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim > 1:
@@ -414,16 +415,25 @@ def efficientnet(seed: int) -> nn.Module:
 
 def half_resolution(seed: int) -> nn.Module:
     """One convolution and two linear layers on half the resolution: a hundredth of the small CNN's work."""
-    model = nn.Sequential(
-        nn.AvgPool2d(2),
-        nn.Conv2d(1, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * 7 * 7, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
+    first = nn.Conv2d(1, 16, 3, stride=2, padding=1)
+    return _started(
+        seed, nn.AvgPool2d(2), first, nn.ReLU(), nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)
     )
-    generator = torch.Generator().manual_seed(seed)
+
+
+def half_the_rows(seed: int) -> nn.Module:
+    """Two linear layers on half the resolution."""
+    return _started(seed, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(14 * 14, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def bag_of_words(seed: int) -> nn.Module:
+    """Two linear layers on the mean of the words."""
+    words = nn.EmbeddingBag(WORDS, 128, padding_idx=0)
+    return _started(seed, words, nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 12))
+
+
+def _started(seed: int, *layers: nn.Module) -> nn.Module:
+    model, generator = nn.Sequential(*layers), torch.Generator().manual_seed(seed)
     for p in model.parameters():
         nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator) if p.ndim > 1 else nn.init.zeros_(p)
     return model
@@ -550,16 +560,13 @@ def _spec(package: str) -> ModuleSpec | None:
         return None
 
 
-def transformer_of_rows(seed: int, width: int = 64) -> nn.Module:
-    return SmallTransformer(nn.Linear(28, width), length=28, classes=10, seed=seed, width=width)
+def transformer_of_rows(seed: int) -> nn.Module:
+    return SmallTransformer(nn.Linear(28, WIDTH), length=28, classes=10, seed=seed)
 
 
-def transformer_of_words(seed: int, width: int = 64) -> nn.Module:
-    embed = nn.Embedding(WORDS, width, padding_idx=0)
-    return SmallTransformer(embed, length=LENGTH, classes=12, seed=seed, width=width)
+def transformer_of_words(seed: int) -> nn.Module:
+    return SmallTransformer(nn.Embedding(WORDS, WIDTH, padding_idx=0), length=LENGTH, classes=12, seed=seed)
 
-
-small_of_rows, small_of_words = partial(transformer_of_rows, width=16), partial(transformer_of_words, width=16)
 
 SETTINGS = {
     "fashion": Setting(fashion, small_cnn, fashion_inputs, 1.5e12, (0.0005, 0.001, 0.002), half_resolution),
@@ -570,8 +577,8 @@ SETTINGS = {
     "long_tail": Setting(
         partial(fashion, tail=50.0), small_cnn, fashion_inputs, 1e12, (0.0005, 0.001, 0.002), half_resolution
     ),
-    "digit_rows": Setting(handwritten, transformer_of_rows, rows, 1e12, (0.0005, 0.001, 0.002), small_of_rows),
-    "topics": Setting(topics, transformer_of_words, words, 1e12, (0.0005, 0.001, 0.002), small_of_words),
+    "digit_rows": Setting(handwritten, transformer_of_rows, rows, 1e12, (0.0005, 0.001, 0.002), half_the_rows),
+    "topics": Setting(topics, transformer_of_words, words, 1e12, (0.0005, 0.001, 0.002), bag_of_words),
     "earth_tiles": Setting(earth_tiles, efficientnet, tiles, 5e11, (0.0005, 0.001, 0.002)),
 }  # fmt: skip
 
