@@ -45,7 +45,7 @@ def test_every_setting_is_a_classification_that_follows_its_seed(name: str):
 
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_every_method_spends_the_same(method: str, tmp_path: Path):
-    record = train(Run("digit_rows", method, 0, 1e-3, TINY), tmp_path / "no.pt")
+    record = train(Run("digit_rows", method, 0, 16, 1e-3, TINY), tmp_path / "no.pt")
     spent = sum(record["flops"].values())
     assert TINY <= spent < 1.2 * TINY and not record["flops"]["other"]
     assert 0 < record["train_loss"] < 10 and 0 < record["test_error"] < 1
@@ -69,12 +69,44 @@ def test_padding_changes_nothing(generator: torch.Generator):
     torch.testing.assert_close(model(ids)[0], short(ids[:1, :5])[0])
 
 
+def test_batch_sizes_are_tuned_over_seeds_and_inside_their_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A quarter of the loss lies between a batch size and the next; rates are best at 0.001."""
+
+    def run_all(runs, *_, **__):
+        seen.extend(runs)
+        found = [abs(run.batch_size - 64) / 64 + 100 * abs(run.rate - 1e-3) + 1 + 0.01 * run.seed for run in runs]
+        return [{"train_loss": loss} for loss in found]
+
+    seen: list[Run] = []
+    monkeypatch.setattr(settings, "run_all", run_all)
+    monkeypatch.setattr("flopwise.experiments.runner.run_all", run_all)
+    tuned = settings.tune("digit_rows", tmp_path, seeds=2)
+    assert (tuned.batch_size, tuned.rate, tuned.seed, tuned.kind) == (64, 1e-3, 0, "tune")
+    assert {run.batch_size for run in seen} == {8, 16, 32, 64, 128}
+    assert {(run.rate, run.seed) for run in seen if run.batch_size == 64} == {
+        (0.0005, 0), (0.001, 0), (0.002, 0), (0.001, 1)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ([[1.0, 1.01], [1.02, 1.04], [1.3, 1.4]], 0),  # beyond the noise
+        ([[1.0, 1.04], [1.03, 1.05], [1.3, 1.4]], 1),  # within it
+        ([[1.0, 1.4], [1.3, 1.4], [1.3, 1.3]], 0),  # within it, but a baseline that is much worse
+        ([[1.0], [1.0], [1.01]], 1),
+    ],
+)
+def test_of_batch_sizes_that_are_alike_the_largest_is_taken(losses: list[list[float]], chosen: int):
+    assert settings.largest_alike(losses) == chosen
+
+
 def test_uniforms_best_run_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     small = replace(SETTINGS["digit_rows"], flops=TINY)
     monkeypatch.setitem(SETTINGS, "digit_rows", small)
-    tuned = Run("digit_rows", "uniform", 0, 1e-3, TINY, kind="tune")
+    tuned = Run("digit_rows", "uniform", 0, 16, 1e-3, TINY, kind="tune")
     Records(tmp_path).add(tuned, train(tuned, tmp_path / "no.pt"))
-    monkeypatch.setattr(settings, "tune", lambda name, folder: tuned)
+    monkeypatch.setattr(settings, "tune", lambda name, folder, seeds: tuned)
     monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
     asked: list[Run] = []
     settings.compare(["digit_rows"], tmp_path, methods=("uniform", "flopwise"), seeds=1)
@@ -92,7 +124,7 @@ def test_an_audit_of_a_setting():
 
 
 def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    uniform = Run("digit_rows", "uniform", 1, 1e-3, TINY)
+    uniform = Run("digit_rows", "uniform", 1, 16, 1e-3, TINY)
     Records(tmp_path).add(uniform, train(uniform, tmp_path / "no.pt"))
     seconds = Records(tmp_path).all[0]["seconds"]
     monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))

@@ -47,7 +47,7 @@ from flopwise.experiments.baselines import (
 )
 from flopwise.experiments.importance import small_cnn
 from flopwise.experiments.passes import ShuffledPasses
-from flopwise.experiments.runner import Record, Records, best_inside, run_all, training_loss, tune_rate
+from flopwise.experiments.runner import Record, Records, best_inside, difference, run_all, training_loss, tune_rate
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
 RATIO = 6  # batches in a presample, for every method
@@ -189,8 +189,7 @@ def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str
 def tune(name: str, folder: Path, *, seeds: int = 3) -> Run:
     """The run of uniform sampling whose batch size and rate give the lowest training loss, inside both grids.
 
-    Rates are compared on one seed and batch sizes, each at its best rate, on all of them. Of batch sizes that differ by
-    less than `ALIKE` the largest is taken: it takes less time.
+    Rates are compared on one seed and batch sizes, each at its best rate, on all of them.
     """
     setting = SETTINGS[name]
     title = f"{name}: tuning uniform sampling, batches of"
@@ -201,12 +200,19 @@ def tune(name: str, folder: Path, *, seeds: int = 3) -> Run:
             setting.rates, lambda rate: replace(run, rate=rate), train, folder, title=f"{title} {run.batch_size}"
         )
 
-    def loss(size: float) -> float:
+    def losses(size: float) -> list[float]:
         runs = [replace(at(size), seed=seed) for seed in range(seeds)]
-        return fmean(map(training_loss, run_all(runs, train, folder, title=f"{title} {round(size)}, all seeds")))
+        return [training_loss(r) for r in run_all(runs, train, folder, title=f"{title} {round(size)}, all seeds")]
 
-    size = best_inside(setting.batch_sizes, lambda sizes: [loss(size) for size in sizes], tolerance=ALIKE)
-    return at(size)
+    return at(best_inside(setting.batch_sizes, lambda sizes: [losses(size) for size in sizes], largest_alike))
+
+
+def largest_alike(losses: Sequence[Sequence[float]]) -> int:
+    """Of batch sizes, with the losses of their seeds, which has the lowest mean or is as good, and larger: then it takes
+    less time. As good is less than `ALIKE` above, and within the noise of seeds."""
+    best = min(losses, key=fmean)
+    alike = [fmean(of) <= (1 + ALIKE) * fmean(best) and difference(of, best) == "same" for of in losses]
+    return max(i for i, good in enumerate(alike) if good)
 
 
 def audit(name: str, *, budget: int | None = None, seconds: float = 60.0) -> Audit:

@@ -8,11 +8,12 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from statistics import fmean, variance
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +23,7 @@ from flopwise import __version__
 Record = dict[str, Any]
 
 
+T = TypeVar("T")
 Run = Any  # a frozen dataclass with a `name`; equal fields, equal run
 Train = Callable[[Any, Path, Callable[[float], None]], Record]
 
@@ -98,23 +100,27 @@ def tune_rate(
     def losses(rates: list[float]) -> list[float]:
         return [training_loss(r) for r in run_all([run_with(rate) for rate in rates], train, folder, title=title)]
 
-    return run_with(best_inside(rates, losses))
+    return run_with(best_inside(rates, losses, lambda losses: losses.index(min(losses))))
 
 
-def best_inside(
-    values: Iterable[float], losses: Callable[[list[float]], list[float]], *, tolerance: float = 0.0
-) -> float:
-    """The value with the lowest loss or, of those whose loss is lower than (1 + tolerance) times it, the largest.
-
-    The grid grows, by halves and doubles, until that one is not on its edge.
-    """
+def best_inside(values: Iterable[float], results: Callable[[list[float]], T], best: Callable[[T], int]) -> float:
+    """The value whose result is the best. The grid grows, by halves and doubles, until it is not on its edge."""
     grid = sorted(values)
     while True:
-        of_grid = losses(grid)
-        best = max(i for i, loss in enumerate(of_grid) if loss <= (1 + tolerance) * min(of_grid))
-        if 0 < best < len(grid) - 1:
-            return grid[best]
-        grid = [grid[0] / 2, *grid] if best == 0 else [*grid, 2 * grid[-1]]
+        chosen = best(results(grid))
+        if 0 < chosen < len(grid) - 1:
+            return grid[chosen]
+        grid = [grid[0] / 2, *grid] if chosen == 0 else [*grid, 2 * grid[-1]]
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Literal["lower", "higher", "same"]:
+    """Of two means: the same unless two standard errors of the difference apart; one seed is taken as it is."""
+    gap = fmean(ours) - fmean(theirs)
+    if min(len(ours), len(theirs)) > 1:
+        error = math.sqrt(variance(ours) / len(ours) + variance(theirs) / len(theirs))
+        if abs(gap) < 2 * error:
+            return "same"
+    return "same" if gap == 0 else "lower" if gap < 0 else "higher"
 
 
 def training_loss(record: Record) -> float:
