@@ -45,7 +45,7 @@ def problem(record: Record) -> str | None:
         return f"one with method {record.get('method')!r}, not one of {', '.join(NAMES)}"
     if not isinstance(record.get("setting"), str) or not isinstance(record.get("curve"), list):
         return "one without setting (a text) or curve (a list)"
-    return without_number(record, ("run.seed", "run.rate", "seconds"))
+    return without_number(record, ("run.seed", "run.rate", "batch_size", "seconds"))
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _setting(results: Results, setting: str) -> Section:
     body += table("At equal FLOPs", columns, [_row(method, runs) for method, runs in methods.items()])
     if timed := results.methods(setting, "timed"):
         body += table("At equal CPU seconds", columns, [_row(method, runs) for method, runs in timed.items()])
-    return Section(setting, body + paragraph(_tuning(results, setting), "note"))
+    return Section(setting, body + _tuning(results, setting))
 
 
 def _curves(methods: dict[str, list[Record]]) -> list[str]:
@@ -268,12 +268,25 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _tuning(results: Results, setting: str) -> str:
-    grid = {r["run"]["rate"]: r["train_loss"] for r in results.runs.get((setting, UNIFORM, "tune"), [])}
-    losses = "; ".join(
-        f"{rate:g}: {number(loss) if finite(loss) else 'diverged'}" for rate, loss in sorted(grid.items())
-    )
-    taken = results.runs[setting, UNIFORM, "run"][0]["run"]["rate"]
-    return f"Rates on which uniform sampling was tuned, and its training loss: {losses}. Taken, by all: {taken:g}."
+    """Batch sizes and rates that uniform sampling was tuned on: rates on the first seed, sizes on all."""
+    tuned = results.runs.get((setting, UNIFORM, "tune"), [])
+    at: dict[tuple[float, float], list[Any]] = {}
+    for r in sorted(tuned, key=lambda r: r["run"]["seed"]):
+        at.setdefault((r["batch_size"], r["run"]["rate"]), []).append(r["train_loss"])
+    sizes, rates = (sorted(set(values)) for values in zip(*at, strict=True)) if at else ([], [])
+    columns = ["batches of", *(f"rate {rate:g}" for rate in rates), "best rate, all seeds"]
+    rows = []
+    for size in sizes:
+        found = [at.get((size, rate), []) for rate in rates]
+        cells = [_loss(losses[0]) if losses else "–" for losses in found]
+        rows.append([f"{size:g}", *cells, _mean([loss for loss in max(found, key=len) if finite(loss)])])
+    taken = results.runs[setting, UNIFORM, "run"][0]
+    said = f"Taken, by all: batches of {taken['batch_size']:g}, rate {taken['run']['rate']:g}."
+    return table("Uniform sampling's training loss while it was tuned", columns, rows) + paragraph(said, "note")
+
+
+def _loss(loss: float | None) -> str:
+    return number(loss) if finite(loss) else "diverged"
 
 
 def _measured(records: Sequence[Record]) -> Section:
