@@ -106,12 +106,12 @@ def test_uniforms_best_run_is_not_trained_again(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(SETTINGS, "digit_rows", small)
     tuned = Run("digit_rows", "uniform", 0, 16, 1e-3, TINY, kind="tune")
     Records(tmp_path).add(tuned, train(tuned, tmp_path / "no.pt"))
-    monkeypatch.setattr(settings, "tune", lambda name, folder, seeds: tuned)
+    monkeypatch.setattr(settings, "tune", lambda name, folder: tuned)
     monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
     asked: list[Run] = []
-    settings.compare(["digit_rows"], tmp_path, methods=("uniform", "flopwise"), seeds=1)
+    settings.compare(["digit_rows"], tmp_path, seeds={"uniform": 2, "flopwise": 1})
     records = Records(tmp_path)
-    assert [run.method for run in asked] == ["uniform", "flopwise"]
+    assert [(run.method, run.seed) for run in asked] == [("uniform", 0), ("flopwise", 0), ("uniform", 1)]
     found = records.find(asked[0])
     assert found is not None and found["kind"] == "run" and len(records.all) == 2
 
@@ -129,7 +129,8 @@ def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     seconds = Records(tmp_path).all[0]["seconds"]
     monkeypatch.setattr(settings, "run_all", lambda runs, *_, **__: asked.extend(runs))
     asked: list[settings.TimedRun] = []
-    settings.compare_seconds(["digit_rows", "fashion"], tmp_path, methods=("uniform", "flopwise"))
+    seeds = {"uniform": 2, "flopwise": 2, "infobatch": 1}
+    settings.compare_seconds(["digit_rows", "fashion"], tmp_path, seeds=seeds)
     other, run = asked
     assert (run.method, run.seed, run.rate, run.kind, run.seconds) == ("flopwise", 1, 1e-3, "timed", seconds)
     assert other == replace(run, method="uniform")
@@ -142,3 +143,9 @@ def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.Mon
     assert settings.missing() == ["pip install --no-deps no-such==1"]
     with pytest.raises(ValueError, match="pip install --no-deps no-such==1"):
         settings._folder("no_such_package.data")
+
+
+def test_seeds_are_a_methods_own_and_a_proxy_is_a_settings():
+    seeds = {"uniform": 2, "flopwise_proxy": 1}
+    assert settings.methods("topics", seeds, 0) == ["uniform", "flopwise_proxy"]
+    assert settings.methods("topics", seeds, 1) == settings.methods("earth_tiles", seeds, 0) == ["uniform"]

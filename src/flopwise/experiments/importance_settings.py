@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -69,6 +69,7 @@ METHODS = (
     "uniform", "flopwise", "flopwise_proxy", "random_subset", "loss", "history", "infobatch", "selective_backprop",
     "online_batch_selection",
 )  # fmt: skip
+SEEDS = dict.fromkeys(METHODS, 3) | {"uniform": 6, "flopwise": 6}  # the verdict is about these two
 
 
 @dataclass(frozen=True)
@@ -158,21 +159,26 @@ def predict(names: Iterable[str], folder: Path) -> None:
             print(f"{name}\n{found}\n", flush=True)
 
 
-def compare(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METHODS, seeds: int = 3) -> None:
-    """For every setting, tune uniform sampling's rate, then train every method with it and every seed."""
+def compare(names: Iterable[str], folder: Path, *, seeds: Mapping[str, int] = SEEDS) -> None:
+    """For every setting, tune uniform sampling, then train with its batch size and rate by every method."""
     for name in names:
-        tuned = tune(name, folder, seeds=seeds)
-        ours = able(SETTINGS[name], methods)
-        runs = [replace(tuned, kind="run", method=method, seed=seed) for seed in range(seeds) for method in ours]
+        tuned = tune(name, folder)
+        runs = [
+            replace(tuned, kind="run", method=method, seed=seed)
+            for seed in range(max(seeds.values()))
+            for method in methods(name, seeds, seed)
+        ]
         Records(folder).take_tuned(runs)
         run_all(runs, train, folder, title=name)
 
 
-def able(setting: Setting, methods: Sequence[str]) -> list[str]:
-    return [method for method in methods if method != "flopwise_proxy" or setting.proxy is not None]
+def methods(setting: str, seeds: Mapping[str, int], seed: int) -> list[str]:
+    """Those that run with this seed, and can in this setting."""
+    able = [method for method in seeds if method != "flopwise_proxy" or SETTINGS[setting].proxy is not None]
+    return [method for method in able if seed < seeds[method]]
 
 
-def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str] = METHODS) -> None:
+def compare_seconds(names: Iterable[str], folder: Path, *, seeds: Mapping[str, int] = SEEDS) -> None:
     """For every setting and seed, train every method for the CPU seconds that the run of uniform sampling took.
 
     Uniform sampling runs again, next to ours: a second of a busier or a quieter machine is another budget.
@@ -181,7 +187,7 @@ def compare_seconds(names: Iterable[str], folder: Path, *, methods: Sequence[str
         runs = [
             TimedRun(**{**r["run"], "method": method, "kind": "timed"}, seconds=r["seconds"])
             for r in runs_of(Records(folder).all, name, "uniform")
-            for method in able(SETTINGS[name], methods)
+            for method in methods(name, seeds, r["run"]["seed"])
         ]
         run_all(runs, train, folder, title=f"{name}, equal seconds")
 
