@@ -9,6 +9,7 @@ import pytest
 
 from flopwise.experiments import claims
 from flopwise.experiments.claims import CLAIMS, decoding, length, reproduce, tradeoff
+from flopwise.experiments.claims.claim import difference
 from flopwise.experiments.runner import Records
 
 
@@ -86,6 +87,13 @@ def test_beating_a_baseline_at_chance_shows_nothing():
     next(r for r in records if r.get("method") == "lowres_8")["test_error"] = 0.89
     found = CLAIMS["attention"].judge(records)
     assert found.verdict == "in part" and "near chance" in found.why
+
+
+def test_the_rule_for_noise():
+    assert difference([1.0, 1.1, 1.2], [1.3, 1.4, 1.5]) == "lower"
+    assert difference([1.0, 1.5, 1.2], [1.3, 1.4, 1.1]) == "same"
+    assert difference([2.0, 2.1], [1.0, 1.1]) == "higher"
+    assert difference([1.0], [1.1]) == "lower" and difference([1.0], [1.0]) == "same"
 
 
 def test_reproduce_runs_judges_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flopwise.experiments import runner
-from flopwise.experiments.runner import Records, difference, tune_rate
+from flopwise.experiments.runner import Records, tune_rate
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,3 @@ def test_a_tuning_run_is_not_trained_again(tmp_path: Path):
         Records(tmp_path).take_tuned([Run(1.0), Run(2.0)])
     (_, taken) = Records(tmp_path).all
     assert taken["kind"] == "run" and taken["train_loss"] == 0.5 and taken["run"] == {"rate": 1.0, "kind": "run"}
-
-
-def test_the_rule_for_noise():
-    assert difference([1.0, 1.1, 1.2], [1.3, 1.4, 1.5]) == "lower"
-    assert difference([1.0, 1.5, 1.2], [1.3, 1.4, 1.1]) == "same"
-    assert difference([2.0, 2.1], [1.0, 1.1]) == "higher"
-    assert difference([1.0], [1.1]) == "lower" and difference([1.0], [1.0]) == "same"

@@ -16,7 +16,12 @@ def run(setting: str, method: str, seed: int, loss: float | None, error: float =
         for share, on, R in points
     ]
     record = {"experiment": "importance_settings", "kind": kind, "setting": setting, "method": method, "curve": curve}
-    record |= {"run": {"setting": setting, "seed": seed, "rate": 0.001}, "batch_size": 16, "seconds": 20.0, "passes": 3.0}
+    record |= {
+        "run": {"setting": setting, "seed": seed, "rate": 0.001},
+        "batch_size": 16,
+        "seconds": 20.0,
+        "passes": 3.0,
+    }
     return record | {"train_loss": loss, "test_error": error, "share_on": 0.8} | MACHINE
 
 
@@ -91,7 +96,11 @@ def test_the_page(tmp_path):
     title = "Importance sampling in 2 trainings: lower training loss in 1, equal in 1, higher in 0"
     assert title in headings(text) and {"texts", "tiles"} <= set(headings(text, "3"))
     assert "(0.73 x) better" in text and "InfoBatch" in text and "At equal CPU seconds" in text
-    assert "Taken, by all: batches of 16, rate 0.001" in text and "best rate, all seeds" in text and text.count("along the budget") >= 4
+    assert (
+        "Taken, by all: batches of 16, rate 0.001" in text
+        and "best rate, all seeds" in text
+        and text.count("along the budget") >= 4
+    )
 
 
 def test_a_page_of_what_is_done_so_far(tmp_path):

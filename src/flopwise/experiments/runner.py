@@ -8,12 +8,11 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, variance
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -111,16 +110,6 @@ def best_inside(values: Iterable[float], results: Callable[[list[float]], T], be
         if 0 < chosen < len(grid) - 1:
             return grid[chosen]
         grid = [grid[0] / 2, *grid] if chosen == 0 else [*grid, 2 * grid[-1]]
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Literal["lower", "higher", "same"]:
-    """Of two means: the same unless two standard errors of the difference apart; one seed is taken as it is."""
-    gap = fmean(ours) - fmean(theirs)
-    if min(len(ours), len(theirs)) > 1:
-        error = math.sqrt(variance(ours) / len(ours) + variance(theirs) / len(theirs))
-        if abs(gap) < 2 * error:
-            return "same"
-    return "same" if gap == 0 else "lower" if gap < 0 else "higher"
 
 
 def training_loss(record: Record) -> float:

@@ -1,8 +1,10 @@
 """What every claim is made of, and the rule for noise."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Literal
 
 from flopwise.experiments.runner import Record
@@ -51,6 +53,16 @@ class Claim:
     run: Callable[[Path, bool], None]
     judge: Callable[[Sequence[Record]], Judgement]
     missing: Callable[[bool], list[str]] = lambda full: []
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Literal["lower", "higher", "same"]:
+    """Of two means: the same unless two standard errors of the difference apart; one seed is taken as it is."""
+    gap = fmean(ours) - fmean(theirs)
+    if min(len(ours), len(theirs)) > 1:
+        error = math.sqrt(variance(ours) / len(ours) + variance(theirs) / len(theirs))
+        if abs(gap) < 2 * error:
+            return "same"
+    return "same" if gap == 0 else "lower" if gap < 0 else "higher"
 
 
 def of_kind(records: Sequence[Record], experiment: str, kind: str) -> list[Record]:

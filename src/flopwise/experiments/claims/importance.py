@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 
 from flopwise.experiments import importance, importance_settings
-from flopwise.experiments.claims.claim import Claim, Judgement, of_kind
-from flopwise.experiments.runner import Record, difference
+from flopwise.experiments.claims.claim import Claim, Judgement, difference, of_kind
+from flopwise.experiments.runner import Record
 
 QUICK = replace(importance.QUICK, flops=1e12)
 OURS = "rate_scale"
