@@ -69,7 +69,7 @@ def test_importance_in_several_trainings(losses: tuple, errors: tuple, verdict: 
             for seed in range(3):
                 made = [None if share is None else (1 + 0.01 * seed) * share for share in by]
                 record = {"setting": setting, "method": method, "train_loss": made[0], "test_error": made[1]}
-                records.append({"experiment": "importance_settings", "kind": "run", **record})
+                records.append({"experiment": "importance_settings", "kind": "run", "run": {"seed": seed}, **record})
     found = CLAIMS["importance"].judge(records)
     assert found.verdict == verdict and "of 3 trainings" in found.ours
 

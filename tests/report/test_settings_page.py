@@ -48,7 +48,16 @@ RECORDS = [
 ]
 
 
-def test_better_is_beyond_two_standard_errors():
+def test_seeds_are_compared_one_by_one():
+    uniform = runs("texts", "uniform", [1.0, 2.0, 3.0])
+    beyond = settings.paired(runs("texts", "flopwise", [0.9, 1.9, 2.86]), uniform, "train_loss")  # 0.113, t = 8.5
+    within = settings.paired(runs("texts", "flopwise", [0.9, 1.9, 2.65]), uniform, "train_loss")  # 0.183, t = 2.2
+    assert (beyond.outcome, within.outcome) == ("lower", "same") and beyond.uniform == 2.0
+    few = settings.paired(runs("texts", "flopwise", [0.9]), uniform, "train_loss")
+    assert few.noise == "unknown" and few.uniform == 1.0
+
+
+def test_better_is_beyond_the_noise():
     results = settings.Results.of(RECORDS)
     assert results.settings == ["texts", "tiles"]
     assert results.counts("flopwise", "run", "train_loss") == {"better": 1, "equal": 1, "worse": 0}
