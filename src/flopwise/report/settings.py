@@ -302,7 +302,7 @@ def _tuning(results: Results, setting: str) -> str:
 
 
 def _loss(loss: float | None) -> str:
-    return number(loss) if finite(loss) else "diverged"
+    return number(loss) if loss is not None and finite(loss) else "diverged"
 
 
 def _measured(records: Sequence[Record]) -> Section:
