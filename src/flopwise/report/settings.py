@@ -134,8 +134,8 @@ def comparison(results: Results, method: str) -> tuple[list[str], list[list[str]
     for setting in results.settings:
         found = [(results.against(setting, method, kind, key), key) for kind, key in EACH]
         if any(against for against, _ in found):
-            seeds = len(results.methods(setting)[method])
-            rows.append([setting, *(_against(against, key) for against, key in found), str(seeds)])
+            seeds = [str(len(runs)) for kind in SAME if (runs := results.methods(setting, kind).get(method))]
+            rows.append([setting, *(_against(against, key) for against, key in found), ", ".join(seeds)])
     return columns, rows
 
 
