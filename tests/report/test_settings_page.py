@@ -1,5 +1,7 @@
 """The page of several trainings: outcomes beyond noise, predictions, and a section for each."""
 
+import re
+
 import pytest
 from pages import check, headings, written
 from test_audit_page import AUDIT
@@ -38,6 +40,10 @@ RECORDS = [
     audit("texts", True, 0.9),
     audit("tiles", True, 0.6),
     *(run(setting, "uniform", 0, 0.9, kind="tune") for setting in ("texts", "tiles")),
+    *(
+        run("texts", "uniform", seed, loss, kind="tune") | {"run": {"seed": seed, "rate": rate}, "batch_size": size}
+        for size, rate, seed, loss in ((8, 0.1, 0, 1.43), (8, 0.2, 0, 1.25), (32, 0.1, 0, 2.0), (32, 0.1, 1, 2.5))
+    ),
     *runs("texts", "uniform", [1.0, 1.1, 1.2]),
     *runs("texts", "flopwise", [0.7, 0.8, 0.9]),
     *runs("texts", "infobatch", [1.5, 1.6, 1.7]),
@@ -110,6 +116,16 @@ def test_the_page(tmp_path):
         and "best rate, all seeds" in text
         and text.count("along the budget") >= 4
     )
+
+
+def test_the_grid_that_uniform_sampling_was_tuned_on():
+    text = settings._tuning(settings.Results.of(RECORDS), "texts")
+    rows = [re.findall(r"<t[dh][^>]*>([^<]*)</t", row) for row in text.split("<tr")]
+    assert [row for row in rows if row][1:] == [
+        ["8", "–", "1.43", "1.25", "1.25"],
+        ["16", "0.900", "–", "–", "0.900"],
+        ["32", "–", "2.00", "–", "2.25 ± 0.35"],
+    ]
 
 
 def test_a_page_of_what_is_done_so_far(tmp_path):

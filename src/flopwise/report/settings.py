@@ -295,10 +295,17 @@ def _tuning(results: Results, setting: str) -> str:
     for size in sizes:
         found = [at.get((size, rate), []) for rate in rates]
         cells = [_loss(losses[0]) if losses else "–" for losses in found]
-        rows.append([f"{size:g}", *cells, _mean([loss for loss in max(found, key=len) if finite(loss)])])
+        best = max(
+            filter(None, found), key=lambda losses: (len(losses), -losses[0] if finite(losses[0]) else -math.inf)
+        )
+        rows.append([f"{size:g}", *cells, _mean([loss for loss in best if finite(loss)])])
     taken = results.runs[setting, UNIFORM, "run"][0]
     said = f"Taken, by all: batches of {taken['batch_size']:g}, rate {taken['run']['rate']:g}."
     return table("Uniform sampling's training loss while it was tuned", columns, rows) + paragraph(said, "note")
+
+
+def _first(losses: Sequence[float | None]) -> float:
+    return math.inf if losses[0] is None else losses[0]
 
 
 def _loss(loss: float | None) -> str:
