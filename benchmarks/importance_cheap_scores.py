@@ -103,7 +103,8 @@ def measure(
     """c, t, the best r and R of every score, on one large batch."""
     model.eval()  # an example has no gradient of its own with batch statistics
     norms = gradient_norm_score(model, x, y, loss, chunk=8)
-    few, targets = x[: setting.middle[0]], y[: setting.middle[0]]
+    batch_size, _ = setting.middle
+    few, targets = x[:batch_size], y[:batch_size]
 
     def step(network: nn.Module) -> int:
         spent = flops(lambda: loss(network(few), targets).mean().backward())
@@ -134,12 +135,12 @@ def measure(
 def main(name: str) -> None:
     setting = SETTINGS[name]
     data, model = setting.data(), setting.model(0)
-    rate = sorted(setting.rates)[len(setting.rates) // 2]
+    batch_size, rate = setting.middle
     beside = scorers(setting, model)
     optimizers = [torch.optim.Adam(module.parameters(), rate) for module in (model, *learning(beside))]
     remembered = torch.full((len(data.train_y),), float("nan"))
     steps, done = uniform_steps(setting), 0
-    batches = iter(passes(setting, data, size=setting.middle[0], seed=0))
+    batches = iter(passes(setting, data, size=batch_size, seed=0))
     stages = []
     for share in SHARES:
         while done < share * steps:

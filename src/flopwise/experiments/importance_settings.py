@@ -208,7 +208,8 @@ def tune(name: str, folder: Path, *, seeds: int = 3) -> Run:
         )
 
     def losses(size: float) -> list[float]:
-        runs = [replace(at(size), seed=seed) for seed in range(seeds)]
+        tuned = at(size)
+        runs = [replace(tuned, seed=seed) for seed in range(seeds)]
         return [training_loss(r) for r in run_all(runs, train, folder, title=f"{title} {round(size)}, all seeds")]
 
     return at(best_inside(setting.batch_sizes, lambda sizes: [losses(size) for size in sizes], largest_alike))

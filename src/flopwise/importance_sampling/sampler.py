@@ -579,7 +579,8 @@ class _Costs:
     @property
     def ratio(self) -> float | None:
         """c, the cost of scoring one example over that of training on one; None while unknown."""
-        return None if self.per_example is None else self.per_example[0] / self.per_example[1]
+        known = self.per_example
+        return None if known is None else known[0] / known[1]
 
     def needs(self, kind: str) -> bool:
         return kind not in self.known
@@ -587,15 +588,14 @@ class _Costs:
     def add(self, kind: str, cost: Cost) -> None:
         if not self.timed:
             self.known[kind] = cost.flops / cost.examples
-        elif not cost.counted:  # counting FLOPs slows the step that is counted
+        elif self.needs(kind) and not cost.counted:  # counting FLOPs slows the step that is counted
             self.add_timing(kind, cost.seconds / cost.examples)
 
     def add_timing(self, kind: str, seconds: float) -> None:
-        if self.needs(kind):
-            timings = self.timings.setdefault(kind, [])
-            timings.append(seconds)
-            if len(timings) >= TIMED_STEPS:
-                self.known[kind] = median(timings)
+        timings = self.timings.setdefault(kind, [])
+        timings.append(seconds)
+        if len(timings) >= TIMED_STEPS:
+            self.known[kind] = median(timings)
 
     def state_dict(self) -> dict[str, Any]:
         return {"known": dict(self.known), "timings": {kind: list(times) for kind, times in self.timings.items()}}

@@ -12,6 +12,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
+from flopwise.noise import beyond
 from flopwise.report.charts import Axis, line_chart
 from flopwise.report.importance import Against, converged
 from flopwise.report.importance_sections import lines
@@ -36,7 +37,6 @@ NAMES = {
     "online_batch_selection": "online batch selection",
 }
 OUTCOMES = {"lower": "better", "same": "equal", "higher": "worse"}
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided, of 2 to 10 seeds
 AUDIT_LINE = 0.25  # how far a predicted R may be from the measured
 
 
@@ -109,8 +109,7 @@ def paired(runs: Sequence[Record], uniform: Sequence[Record], key: str) -> Again
     gaps = [ours[seed] - theirs[seed] for seed in seeds]
     noise = "unknown"
     if len(gaps) > 1:
-        error = stdev(gaps) / math.sqrt(len(gaps))
-        noise = "beyond" if abs(fmean(gaps)) > T95[min(len(gaps), 10) - 2] * error else "within"
+        noise = "beyond" if beyond(gaps) else "within"
     return Against(fmean(ours[seed] for seed in seeds), fmean(theirs[seed] for seed in seeds), noise)
 
 
@@ -295,9 +294,8 @@ def _tuning(results: Results, setting: str) -> str:
     for size in sizes:
         found = [at.get((size, rate), []) for rate in rates]
         cells = [_loss(losses[0]) if losses else "–" for losses in found]
-        best = max(
-            filter(None, found), key=lambda losses: (len(losses), -losses[0] if finite(losses[0]) else -math.inf)
-        )
+        seeds = max(map(len, found))
+        best = min((losses for losses in found if len(losses) == seeds), key=_first)
         rows.append([f"{size:g}", *cells, _mean([loss for loss in best if finite(loss)])])
     taken = results.runs[setting, UNIFORM, "run"][0]
     said = f"Taken, by all: batches of {taken['batch_size']:g}, rate {taken['run']['rate']:g}."

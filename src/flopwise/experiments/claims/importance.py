@@ -1,18 +1,17 @@
 """Claim 1: importance sampling under a fixed budget."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from flopwise.experiments import importance, importance_settings
 from flopwise.experiments.claims.claim import Claim, Judgement, difference, of_kind
 from flopwise.experiments.runner import Record
+from flopwise.noise import beyond
 
 QUICK = replace(importance.QUICK, flops=1e12)
 OURS = "rate_scale"
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided, of 2 to 10 seeds
 
 
 def run(folder: Path, full: bool) -> None:
@@ -53,12 +52,10 @@ def _outcome(runs: Sequence[Record], setting: str, key: str) -> str:
         {r["run"]["seed"]: r[key] for r in importance_settings.runs_of(runs, setting, name)}
         for name in ("flopwise", "uniform")
     )
-    seeds = ours.keys() & theirs.keys()
     if None in ours.values() or None in theirs.values():
         return "higher" if None in ours.values() else "lower"
-    gaps = [ours[seed] - theirs[seed] for seed in seeds]
-    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-    if abs(fmean(gaps)) <= T95[min(max(len(gaps), 2), 10) - 2] * error:
+    gaps = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    if fmean(gaps) == 0 or (len(gaps) > 1 and not beyond(gaps)):
         return "same"
     return "lower" if fmean(gaps) < 0 else "higher"
 
