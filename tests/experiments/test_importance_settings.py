@@ -137,9 +137,12 @@ def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert record["kind"] == "timed" and seconds <= record["seconds"] < 2 * seconds + 0.5
 
 
-def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(settings, "PACKAGES", {"no_such_package.data": "no-such==1", "torch": "torch==2"})
+    monkeypatch.setattr(settings, "FASHION", tmp_path)
     assert settings.missing() == ["pip install --no-deps no-such==1"]
+    monkeypatch.setattr(settings, "FASHION", tmp_path / "none")
+    assert settings.missing() == ["pip install --no-deps no-such==1", "apt install dataset-fashion-mnist"]
     with pytest.raises(ValueError, match="pip install --no-deps no-such==1"):
         settings._folder("no_such_package.data")
 

