@@ -74,6 +74,24 @@ def test_importance_in_several_trainings(losses: tuple, errors: tuple, verdict: 
     assert found.verdict == verdict and "of 3 trainings" in found.ours
 
 
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ((0.9, 1.9, 2.86), "in part"),  # by 0.113, t = 8.5, though seeds differ by 1
+        ((0.9, 1.9, 2.65), "not reproduced"),  # by 0.183, t = 2.2
+        ((1.1, 2.1, 3.14), "not reproduced"),
+    ],
+)
+def test_importance_is_judged_seed_by_seed(losses: tuple[float, ...], verdict: str):
+    records = [
+        {"experiment": "importance_settings", "kind": "run", "setting": "a", "method": method, "run": {"seed": seed}}
+        | {"train_loss": loss, "test_error": 0.1}
+        for method, of in (("uniform", (1.0, 2.0, 3.0)), ("flopwise", losses))
+        for seed, loss in enumerate(of)
+    ]
+    assert CLAIMS["importance"].judge(records).verdict == verdict
+
+
 def test_memory_that_cannot_be_measured_is_left_out():
     records = claim_records.attention()
     for record in records[:2]:

@@ -6,9 +6,10 @@ A run whose training loss or test error is not a number diverged. It is counted 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev, variance
+from statistics import fmean, stdev
 from typing import Literal, TypedDict
 
+from flopwise.noise import apart
 from flopwise.report.records import Record, finite, without_number
 from flopwise.report.words import capital, flops_text, mean_std, number, plural, relative, times
 
@@ -186,9 +187,7 @@ def against(runs: Sequence[Record], uniform: Sequence[Record], key: str) -> Agai
     ours, theirs = [r[key] for r in runs], [r[key] for r in uniform]
     noise = "unknown"
     if min(len(ours), len(theirs)) > 1:
-        error = math.sqrt(variance(ours) / len(ours) + variance(theirs) / len(theirs))
-        difference = abs(fmean(ours) - fmean(theirs))
-        noise = "within" if difference < 2 * error or difference == 0 else "beyond"
+        noise = "beyond" if apart(ours, theirs) else "within"
     return Against(fmean(ours), fmean(theirs), noise)
 
 

@@ -128,13 +128,13 @@ def measured_R(curve: Sequence[dict[str, Any]]) -> float:
 
 def comparison(results: Results, method: str) -> tuple[list[str], list[list[str]]]:
     """One line a setting: uniform sampling's and a method's, at equal FLOPs and at equal seconds."""
-    columns = ["setting", *(f"{WHAT[key]}, equal {SAME[kind]}" for kind, key in EACH), "seeds"]
+    columns = ["setting", *(f"{WHAT[key]}, equal {SAME[kind]}" for kind, key in EACH), "seeds, FLOPs / seconds"]
     rows = []
     for setting in results.settings:
         found = [(results.against(setting, method, kind, key), key) for kind, key in EACH]
         if any(against for against, _ in found):
-            seeds = [str(len(runs)) for kind in SAME if (runs := results.methods(setting, kind).get(method))]
-            rows.append([setting, *(_against(against, key) for against, key in found), ", ".join(seeds)])
+            seeds = [str(len(results.methods(setting, kind).get(method, []))) for kind in SAME]
+            rows.append([setting, *(_against(against, key) for against, key in found), " / ".join(seeds)])
     return columns, rows
 
 

@@ -1,13 +1,13 @@
 """What every claim is made of, and the rule for noise."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Literal
 
 from flopwise.experiments.runner import Record
+from flopwise.noise import apart
 
 Verdict = Literal["reproduced", "in part", "not reproduced", "not run"]
 
@@ -58,10 +58,8 @@ class Claim:
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Literal["lower", "higher", "same"]:
     """Of two means: the same unless two standard errors of the difference apart; one seed is taken as it is."""
     gap = fmean(ours) - fmean(theirs)
-    if min(len(ours), len(theirs)) > 1:
-        error = math.sqrt(variance(ours) / len(ours) + variance(theirs) / len(theirs))
-        if abs(gap) < 2 * error:
-            return "same"
+    if min(len(ours), len(theirs)) > 1 and not apart(ours, theirs):
+        return "same"
     return "same" if gap == 0 else "lower" if gap < 0 else "higher"
 
 
