@@ -52,6 +52,13 @@ def test_every_method_spends_the_same(method: str, tmp_path: Path):
     assert record["curve"][0]["share"] < 0.2 and record["curve"][-1]["share"] == 1.0
 
 
+@pytest.mark.parametrize("tested", [1, 7, 1000])
+def test_errors_are_among_as_many_as_asked(tested: int):
+    setting = SETTINGS["digit_rows"]
+    _, error = settings.evaluate(settings.half_the_rows(0), setting, setting.data(), limit=2, tested=tested)
+    assert error * tested == pytest.approx(round(error * tested), abs=1e-4) and (tested == 1 or 0.5 < error < 1)
+
+
 def test_labels_are_wrong_and_classes_rare_as_asked():
     plain, wrong, tail = settings.fashion(), settings.fashion(noise=0.2), settings.fashion(tail=50.0)
     assert 0.16 < (plain.train_y != wrong.train_y).float().mean() < 0.2  # one in ten is drawn right
