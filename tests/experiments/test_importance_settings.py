@@ -19,6 +19,7 @@ def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "CURVE_POINTS", 1)
     monkeypatch.setattr(settings, "CURVE_EXAMPLES", 100)
     monkeypatch.setattr(settings, "END_EXAMPLES", 200)
+    monkeypatch.setitem(SETTINGS, "digit_rows", replace(SETTINGS["digit_rows"], tested=200))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -146,9 +147,9 @@ def test_equal_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(settings, "PACKAGES", {"no_such_package.data": "no-such==1", "torch": "torch==2"})
-    monkeypatch.setattr(settings, "FASHION", tmp_path)
+    monkeypatch.setattr(settings.fashion_mnist, "FULL", tmp_path)
     assert settings.missing() == ["pip install --no-deps no-such==1"]
-    monkeypatch.setattr(settings, "FASHION", tmp_path / "none")
+    monkeypatch.setattr(settings.fashion_mnist, "FULL", tmp_path / "none")
     assert settings.missing() == ["pip install --no-deps no-such==1", "apt install dataset-fashion-mnist"]
     with pytest.raises(ValueError, match="pip install --no-deps no-such==1"):
         settings._folder("no_such_package.data")

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from flopwise.experiments.passes import ShuffledPasses
 
 SHIFT = 1  # pixels, each way
+FULL = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package dataset-fashion-mnist has its files
 CHECKED_NAMES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -74,7 +75,7 @@ def _find(folder: Path | None, name: str) -> Any:
             return path
     raise ValueError(
         f"{folder} needs the four Fashion-MNIST files; {name}.gz is missing. "
-        "They are in the Debian package dataset-fashion-mnist, under /usr/share/datasets/fashion-mnist."
+        f"They are in the Debian package dataset-fashion-mnist, under {FULL}."
     )
 
 

