@@ -116,6 +116,22 @@ class TestVerdict:
         assert "after steps" in str(audit) and audit.verdict in str(audit)
         json.dumps(audit.record())
 
+    def test_batch_normalisation_is_measured_with_the_statistics_of_training(self):
+        """Whatever its running means have become; frozen, its running means are the model."""
+
+        def normalised(mean: float, frozen: bool):
+            model, loss, loader = setup()
+            norm = nn.BatchNorm1d(8)
+            norm.running_mean.fill_(mean)
+            model.insert(1, norm.train(not frozen))
+            return model, loss, loader
+
+        def tau2(mean: float, frozen: bool = False) -> float:
+            return audit_importance(lambda: normalised(mean, frozen), steps=0, examples=N).stages[0].tau2
+
+        assert tau2(100.0) == pytest.approx(tau2(0.0))
+        assert abs(tau2(100.0, frozen=True) - tau2(0.0, frozen=True)) > 0.1
+
     def test_several_stages_of_one_training(self):
         def without_dropout():
             model, loss, loader = setup()

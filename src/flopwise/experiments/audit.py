@@ -41,7 +41,7 @@ from flopwise.core.batch import Examples
 from flopwise.importance_sampling import upper_bound_score
 from flopwise.importance_sampling.draw import draw_without_replacement, probabilities
 from flopwise.importance_sampling.gate import RATIOS, Gate
-from flopwise.importance_sampling.modes import scoring
+from flopwise.importance_sampling.modes import scoring, tracked_norms
 from flopwise.importance_sampling.sampler import LEARNED_EACH, POOLED
 from flopwise.importance_sampling.scores import split_losses
 from flopwise.importance_sampling.variance import cost_adjusted, variance_ratio
@@ -428,6 +428,18 @@ def _costs(model: nn.Module, run: Forward, loss: Loss, batch: Any) -> dict[str, 
     }
 
 
+def _take_statistics(model: nn.Module, run: Forward, batches: list[Any]) -> None:
+    """Batch normalisation in eval mode is then what training sees: its running means lag behind, in fine-tuning most."""
+    norms = tracked_norms([model])
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    if norms:
+        with torch.no_grad(), scoring([model]):
+            for batch in batches:
+                run(model, batch)
+
+
 def _measure(
     model: nn.Module,
     run: Forward,
@@ -440,6 +452,7 @@ def _measure(
     generator: torch.Generator,
 ) -> Stage:
     """Exact gradients, one example at a time, sketched; then draws from them, simulated."""
+    _take_statistics(model, run, batches)
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = sum(p.numel() for p in parameters)
     bucket = torch.randint(SKETCH, (total,), generator=torch.Generator().manual_seed(1)).to(parameters[0].device)
