@@ -1,6 +1,6 @@
 """Cheaper scores: what each costs, and what drawing by it is really worth, against exact gradient norms.
 
-    python benchmarks/importance_cheap_scores.py [SETTING ...]      two to five minutes a setting on one thread
+    python benchmarks/importance_cheap_scores.py [SETTING ...]      three to eight minutes a setting on one thread
 
 The network of each setting of `flopwise.experiments.importance_settings` is trained uniformly, batches of 16, Adam, for
 the setting's whole budget. Along with it, on the same batches and at the same rate, learn small networks (proxies; one
@@ -30,7 +30,7 @@ from flopwise.importance_sampling import cosine, gradient_norm_score, relative_v
 from flopwise.importance_sampling.gate import RATIOS
 
 RESULTS = Path(__file__).parent / "results" / "importance_cheap_scores.jsonl"
-MEASURED = 1200
+MEASURED = 6000  # with 1200, R moves by 0.1 from one sample to the next
 SHARES = (0.25, 0.5, 0.75)
 
 
