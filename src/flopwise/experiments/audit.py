@@ -429,7 +429,7 @@ def _costs(model: nn.Module, run: Forward, loss: Loss, batch: Any) -> dict[str, 
 
 
 def _take_statistics(model: nn.Module, run: Forward, batches: list[Any]) -> None:
-    """Batch normalisation in eval mode is then what training sees: its running means lag behind, in fine-tuning most."""
+    """Batch normalisation in eval mode is then what training sees: running means lag behind, most in fine-tuning."""
     norms = tracked_norms([model])
     for norm in norms:
         norm.reset_running_stats()
