@@ -10,14 +10,14 @@ what drawing by the score is worth, and the ledger and a clock say what it costs
 
 The rule of the verdict. A uniform step's expected squared gradient is |G|^2 + tr(Sigma) / b; with the noise scale
 N = tr(Sigma) / |G|^2, the share of noise in it is phi = N / (N + b). A step's progress at its best rate goes with
-1 / (1 + N / b) (McCandlish et al. 2018, arXiv 1812.06162), so that a drawn step with v times the variance, which costs
-1 + c r uniform steps, gets as far as they do for
+1 / (1 + N / b) (McCandlish et al. 2018, arXiv 1812.06162). Where b drawn from r b have v times the variance, s b drawn
+from r s b have v / s and cost s (1 + c r) uniform steps: they get as far as those do for
 
-    needed = (1 + c r) (1 - phi + phi v)    of the cost: R where all is noise, above 1 where nothing is.
+    needed = s (1 + c r) (1 - phi + phi v / s)    of the cost: R where all is noise.
 
-While the gate is off it is 1. The answer is yes when the mean over the whole budget is at most `WORTH`: the gate itself
-is taken through the budget, with what was measured at some stages and straight lines between them. Without a budget the
-last stage stands for a training that is long.
+The sampler's s is v^(3/4). While the gate is off `needed` is 1. The answer is yes when the mean over the whole budget
+is at most `WORTH`: the gate itself is taken through the budget, with what was measured at some stages and straight
+lines between them. Without a budget the last stage stands for a training that is long.
 """
 
 import copy
@@ -40,7 +40,7 @@ from flopwise.core import Ledger, endless
 from flopwise.core.batch import Examples
 from flopwise.importance_sampling import upper_bound_score
 from flopwise.importance_sampling.draw import draw_without_replacement, probabilities
-from flopwise.importance_sampling.gate import RATIOS, Gate
+from flopwise.importance_sampling.gate import RATIOS, Gate, drawn_share
 from flopwise.importance_sampling.modes import scoring, tracked_norms
 from flopwise.importance_sampling.sampler import LEARNED_EACH, POOLED
 from flopwise.importance_sampling.scores import split_losses
@@ -51,7 +51,7 @@ Forward = Callable[[nn.Module, Any], Tensor]
 SKETCH = 4096  # numbers kept of every example's gradient; the error of a variance is about sqrt(2 / SKETCH)
 DRAWS = 300  # simulated steps a ratio
 TIMINGS = 7
-SMOOTHING = 0.1
+SMOOTHING, SHRINK = 0.1, 0.75  # the sampler's
 WORTH = 0.8  # of uniform sampling's cost: what has to do for the same progress, so that the answer is yes
 
 
@@ -147,25 +147,32 @@ class Audit:
         """The gate, taken through the budget."""
         c = self.scoring_cost[self.cost]
         if self.budget is None:
-            return Course(1.0, self.R, self._needed(self.ratio, *self._after(self.stages[-1].steps)))
-        gate = Gate("auto", "without_replacement", SMOOTHING)
+            return Course(1.0, self.R, self._needed_last())
+        gate = Gate("auto", "without_replacement", SMOOTHING, SHRINK)
         spent = on = total = needed = 0.0
         while spent < self.budget:
             variances, noise_share = self._after(spent)
             gate.decide(self.largest_ratio, c)
+            price = self.largest_ratio  # of a presample; while off several, until the gate learns again
             if gate.on:
-                price = 1 + c * gate.ratio
-            else:  # plain steps until the gate learns again
-                price = self.largest_ratio * (1 if gate.updates < LEARNED_EACH else POOLED)
+                price *= c + 1 / gate.ratio
+            elif gate.updates >= LEARNED_EACH:
+                price *= POOLED
             spent += price
             on += price * gate.on
             total += price * (cost_adjusted(variances[gate.ratio], gate.ratio, c) if gate.on else 1.0)
-            needed += price * (self._needed(gate.ratio, variances, noise_share) if gate.on else 1.0)
+            needed += price * (self._needed(gate.ratio, variances, noise_share, gate.share) if gate.on else 1.0)
             gate.learn([1.0, 1.0, 1.0, *variances.values()])
         return Course(on / spent, total / spent, needed / spent)
 
-    def _needed(self, ratio: float, variances: dict[float, float], noise_share: float) -> float:
-        return cost_adjusted(1 - noise_share + noise_share * variances[ratio], ratio, self.scoring_cost[self.cost])
+    def _needed(self, ratio: float, variances: dict[float, float], noise_share: float, share: float) -> float:
+        left = share * (1 - noise_share) + noise_share * variances[ratio]
+        return cost_adjusted(left, ratio, self.scoring_cost[self.cost])
+
+    def _needed_last(self) -> float:
+        """As far as the last stage goes."""
+        variances, noise_share = self._after(self.stages[-1].steps)
+        return self._needed(self.ratio, variances, noise_share, drawn_share(variances[self.ratio], SHRINK))
 
     def _after(self, steps: float) -> tuple[dict[float, float], float]:
         """r -> variance, and the share of noise, on the line between the stages around `steps`."""
@@ -186,7 +193,7 @@ class Audit:
     def reason(self) -> str:
         """Why, in a sentence."""
         last = self.stages[-1]
-        end = self._needed(self.ratio, *self._after(last.steps))
+        end = self._needed_last()
         if last.noise_scale < self.batch_size or self.R <= WORTH < end:
             return (
                 f"with batches of {self.batch_size}, {last.noise_share(self.batch_size):.0%} of a step's squared "

@@ -79,23 +79,26 @@ class ImportanceSampler:
             optimizer.zero_grad()
 
     The loader yields presamples of B examples, say 4 to 8 times `batch_size`. While the gate is on, a presample is cut
-    into pieces of r * batch_size; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||,
-    and `batch_size` examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n. While it is off
-    every example is trained on in plain batches, and its score comes from the outputs of the training step. A
-    presample, or its last piece, that is no larger than `batch_size` is trained on whole.
+    into pieces of r * k; each is scored by a forward pass without gradient, S_i = ||d loss_i / d output_i||, and k
+    examples are drawn from it with p = (1 - smoothing) S / sum S + smoothing / n; k is `batch_size` or, with gate
+    "auto", less: see `shrink`. While it is off every example is trained on in plain batches, and its score comes from
+    the outputs of the training step. A presample, or its last piece, that is no larger than k is trained on whole.
 
     Args:
         forward: data -> outputs (logits), dimension 0 the example. It runs without gradient to score, and should be the
             function that you train with. Put autocast inside it, so that scoring uses it too.
         loss: (outputs, data) -> losses of shape (b,) or (b, T), unreduced; or those and their mask (True = counts).
             Example and class weights belong in here: they multiply the loss, and so the score.
-        batch_size: b, examples per training step.
+        batch_size: b, examples per training step on uniform data.
         gate: "auto" samples while the variance at equal cost is estimated below uniform's, and chooses r; "paper" uses
             the rule of Algorithm 1; "always"; "never".
         cost: what "equal cost" means: "flops", counted and so reproducible, or "seconds", timed over the first steps,
             with loading, and then frozen (they are in the state, so a resumed run goes on with them).
         draw: "without_replacement" (Horvitz-Thompson, the default: less variance) or "with_replacement" (the paper).
         smoothing: share of the uniform distribution in p, 0 to 1; caps every weight at 1 / smoothing.
+        shrink: what a gain is spent on, with gate "auto": where a drawn batch of b has v of a uniform one's variance,
+            b v^shrink examples are drawn (an eighth of b, or two, ...), and the rest of the gain is left to the rate.
+            0 draws whole batches, 1 keeps a uniform batch's variance and the rate.
         seed: of the draws.
         score: (outputs, data) -> (b,), in place of the upper bound; for instance a closed form for a large vocabulary.
         proxy: data -> outputs of a small network for the same task. Its scores draw, in place of the model's, and cost
@@ -129,6 +132,7 @@ class ImportanceSampler:
         cost: Literal["flops", "seconds"] = "flops",
         draw: Draw = "without_replacement",
         smoothing: float = 0.1,
+        shrink: float = 0.75,
         seed: int = 0,
         score: Callable[[Tensor, Any], Tensor] | None = None,
         proxy: Callable[[Any], Tensor] | None = None,
@@ -143,6 +147,10 @@ class ImportanceSampler:
         _require(
             0 <= smoothing <= 1,
             f"smoothing is the share of the uniform distribution, from 0 to 1; got {smoothing}.",
+        )
+        _require(
+            0 <= shrink <= 1,
+            f"shrink goes from 0 (drawn batches are whole) to 1 (as small as keeps the variance); got {shrink}.",
         )
         _require(
             0 <= weight_exponent <= 1,
@@ -168,7 +176,7 @@ class ImportanceSampler:
             "ones; got a model with batch normalisation in training. Put those layers in eval() first, or leave out "
             "proxy.",
         )
-        self._gate = Gate(gate, draw, smoothing)
+        self._gate = Gate(gate, draw, smoothing, shrink)
         self._ranks = Ranks(group)
         self.seed = seed
         self._ledger = Ledger()  # costs are measured even when the user keeps no ledger
@@ -320,7 +328,7 @@ class ImportanceSampler:
 
     @property
     def rate_scale(self) -> float:
-        """What the learning rate may be multiplied by: sqrt of the variance gain while sampling, from 1 to 2.
+        """What the learning rate may be multiplied by: sqrt of a drawn batch's variance gain, from 1 to 2; 1 while off.
 
         Less variance buys nothing at an unchanged, well-tuned rate.
         """
@@ -330,7 +338,7 @@ class ImportanceSampler:
         """The rate scale by another rule: the gain's root or the gain itself, from 1 to `cap`; 1 while off."""
         if not self._gate.on:
             return 1.0
-        gain = 1 / self._gate.variance
+        gain = self._gate.share / self._gate.variance
         return min(cap, max(1.0, gain**0.5 if rule == "sqrt" else gain))
 
     @contextmanager
@@ -415,7 +423,7 @@ class ImportanceSampler:
 
     def draw_size(self) -> int:
         """Examples per drawn batch."""
-        return self.batch_size
+        return max(1, round(self.batch_size * self._gate.share))
 
     def _use(self, presample: Examples) -> Iterator[WeightedBatch]:
         """The batches of one presample, from `_position` on."""
@@ -426,8 +434,9 @@ class ImportanceSampler:
             left = size - self._position
             if not self._decided and self._steps % self.accumulate == 0:
                 self._decide(presample)
-            if self._gate.on and left > self.batch_size:
-                pieces = max(1, round(left / (self._gate.ratio * self.batch_size)))
+            draws = self.draw_size()
+            if self._gate.on and left > draws:
+                pieces = max(1, round(left / (self._gate.ratio * draws)))
                 stop = self._position + ceil(left / pieces)
                 batch = self._draw(presample, slice(self._position, stop))
             else:
