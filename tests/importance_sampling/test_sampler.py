@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from flopwise import ImportanceSampler, Ledger, endless
 from flopwise.importance_sampling import ConstantVarianceSampler, loss_score, upper_bound_score
+from flopwise.importance_sampling.gate import drawn_share
 from flopwise.importance_sampling.sampler import LEARNED_EACH, MANY
 
 
@@ -272,6 +273,30 @@ class TestGate:
         assert [len(b.weights) for b in seen] == [8] * 4
         assert [(int(b.indices.min()) // 24, int(b.indices.max()) // 24) for b in seen] == [(i, i) for i in range(4)]
 
+    @pytest.mark.parametrize(("shrink", "size"), [(0.0, 8), (0.5, 4), (0.75, 3), (1.0, 2)])
+    def test_on_a_gain_makes_batches_smaller(self, shrink: float, size: int):
+        """A quarter of the variance: 8 examples become 8 / 4^shrink, and pieces shrink along; the rate has the rest."""
+        sampler = make_sampler(gate="auto", shrink=shrink)
+        sampler._gate.decide = lambda *_: setattr(sampler._gate, "on", True) or setattr(sampler._gate, "ratio", 4.0)  # type: ignore[method-assign]
+        sampler._gate.variances[4.0] = 0.25
+        steps = 96 // (4 * size)
+        seen = self.run(sampler, examples(96), 96, steps)
+        assert [len(b.weights) for b in seen] == [size] * steps
+        pieces = [(int(b.indices.min()) // (4 * size), int(b.indices.max()) // (4 * size)) for b in seen]
+        assert pieces == [(i, i) for i in range(steps)]
+        sampler._gate.variances[4.0] = 0.25  # the pass has taught it something else
+        assert sampler.rate_scale == pytest.approx((4 * size / 8) ** 0.5)
+
+    def test_only_auto_draws_smaller_batches(self):
+        sampler = make_sampler(gate="always", shrink=1.0)
+        sampler._gate.decide(4.0, 0.1)
+        sampler._gate.variances[4.0] = 0.25
+        assert sampler.draw_size() == 8 and sampler.rate_scale == 2.0
+
+    def test_a_drawn_batch_is_a_number_of_eighths(self):
+        assert [drawn_share(v, 1.0) for v in (0.0, 0.1, 0.2, 0.49, 0.97, 1.5)] == [0.125, 0.125, 0.25, 0.5, 1.0, 1.0]
+        assert drawn_share(0.1, 0.0) == 1.0
+
     def test_a_last_short_presample_is_used(self):
         sampler = make_sampler(gate="always")
         sizes = [(len(b.weights), b.drawn) for b in sampler.batches(Presamples(examples(53), 24))]
@@ -438,6 +463,7 @@ class TestBadInput:
             ({"cost": "joules"}, "cost is one of"),
             ({"draw": "twice"}, "draw is one of"),
             ({"accumulate": 0}, "accumulate counts"),
+            ({"shrink": 1.5}, "shrink goes from 0"),
             ({"weight_exponent": 2.0}, "weight_exponent goes from 0"),
         ],
     )
