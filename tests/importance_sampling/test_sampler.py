@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from flopwise import ImportanceSampler, Ledger, endless
 from flopwise.importance_sampling import ConstantVarianceSampler, loss_score, upper_bound_score
-from flopwise.importance_sampling.gate import drawn_share
 from flopwise.importance_sampling.sampler import LEARNED_EACH, MANY
+from flopwise.importance_sampling.variance import drawn_size
 
 
 def make_sampler(model: nn.Module | None = None, **options) -> ImportanceSampler:
@@ -273,19 +273,19 @@ class TestGate:
         assert [len(b.weights) for b in seen] == [8] * 4
         assert [(int(b.indices.min()) // 24, int(b.indices.max()) // 24) for b in seen] == [(i, i) for i in range(4)]
 
-    @pytest.mark.parametrize(("shrink", "size"), [(0.0, 8), (0.5, 4), (0.75, 3), (1.0, 2)])
+    @pytest.mark.parametrize(("shrink", "size"), [(0.0, 16), (0.5, 8), (0.75, 6), (1.0, 4)])
     def test_on_a_gain_makes_batches_smaller(self, shrink: float, size: int):
-        """A quarter of the variance: 8 examples become 8 / 4^shrink, and pieces shrink along; the rate has the rest."""
-        sampler = make_sampler(gate="auto", shrink=shrink)
+        """A quarter of the variance: 16 examples become 16 / 4^shrink, pieces shrink along, the rate has the rest."""
+        sampler = make_sampler(gate="auto", shrink=shrink, batch_size=16)
         sampler._gate.decide = lambda *_: setattr(sampler._gate, "on", True) or setattr(sampler._gate, "ratio", 4.0)  # type: ignore[method-assign]
         sampler._gate.variances[4.0] = 0.25
-        steps = 96 // (4 * size)
-        seen = self.run(sampler, examples(96), 96, steps)
+        steps = 192 // (4 * size)
+        seen = self.run(sampler, examples(192), 192, steps)
         assert [len(b.weights) for b in seen] == [size] * steps
         pieces = [(int(b.indices.min()) // (4 * size), int(b.indices.max()) // (4 * size)) for b in seen]
         assert pieces == [(i, i) for i in range(steps)]
         sampler._gate.variances[4.0] = 0.25  # the pass has taught it something else
-        assert sampler.rate_scale == pytest.approx((4 * size / 8) ** 0.5)
+        assert sampler.rate_scale == pytest.approx((4 * size / 16) ** 0.5)
 
     def test_only_auto_draws_smaller_batches(self):
         sampler = make_sampler(gate="always", shrink=1.0)
@@ -293,9 +293,10 @@ class TestGate:
         sampler._gate.variances[4.0] = 0.25
         assert sampler.draw_size() == 8 and sampler.rate_scale == 2.0
 
-    def test_a_drawn_batch_is_a_number_of_eighths(self):
-        assert [drawn_share(v, 1.0) for v in (0.0, 0.1, 0.2, 0.49, 0.97, 1.5)] == [0.125, 0.125, 0.25, 0.5, 1.0, 1.0]
-        assert drawn_share(0.1, 0.0) == 1.0
+    def test_a_drawn_batch_is_a_number_of_eighths_and_no_fewer_than_four(self):
+        assert [drawn_size(64, v, 1.0) for v in (0.0, 0.1, 0.2, 0.49, 0.97, 1.5)] == [4, 8, 16, 32, 64, 64]
+        assert [drawn_size(b, 0.01, 1.0) for b in (1, 3, 4, 8, 16, 100)] == [1, 3, 4, 4, 4, 4]
+        assert drawn_size(64, 0.1, 0.0) == 64
 
     def test_a_last_short_presample_is_used(self):
         sampler = make_sampler(gate="always")

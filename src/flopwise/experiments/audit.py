@@ -40,11 +40,11 @@ from flopwise.core import Ledger, endless
 from flopwise.core.batch import Examples
 from flopwise.importance_sampling import upper_bound_score
 from flopwise.importance_sampling.draw import draw_without_replacement, probabilities
-from flopwise.importance_sampling.gate import RATIOS, Gate, drawn_share
+from flopwise.importance_sampling.gate import RATIOS, Gate
 from flopwise.importance_sampling.modes import scoring, tracked_norms
 from flopwise.importance_sampling.sampler import LEARNED_EACH, POOLED
 from flopwise.importance_sampling.scores import split_losses
-from flopwise.importance_sampling.variance import cost_adjusted, variance_ratio
+from flopwise.importance_sampling.variance import cost_adjusted, drawn_size, variance_ratio
 
 Loss = Callable[[Tensor, Any], Any]
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -147,8 +147,8 @@ class Audit:
         """The gate, taken through the budget."""
         c = self.scoring_cost[self.cost]
         if self.budget is None:
-            return Course(1.0, self.R, self._needed_last())
-        gate = Gate("auto", "without_replacement", SMOOTHING, SHRINK)
+            return Course(1.0, self.R, self._needed(self.ratio, *self._after(self.stages[-1].steps)))
+        gate = Gate("auto", "without_replacement", SMOOTHING)
         spent = on = total = needed = 0.0
         while spent < self.budget:
             variances, noise_share = self._after(spent)
@@ -161,18 +161,14 @@ class Audit:
             spent += price
             on += price * gate.on
             total += price * (cost_adjusted(variances[gate.ratio], gate.ratio, c) if gate.on else 1.0)
-            needed += price * (self._needed(gate.ratio, variances, noise_share, gate.share) if gate.on else 1.0)
+            needed += price * (self._needed(gate.ratio, variances, noise_share) if gate.on else 1.0)
             gate.learn([1.0, 1.0, 1.0, *variances.values()])
         return Course(on / spent, total / spent, needed / spent)
 
-    def _needed(self, ratio: float, variances: dict[float, float], noise_share: float, share: float) -> float:
+    def _needed(self, ratio: float, variances: dict[float, float], noise_share: float) -> float:
+        share = drawn_size(self.batch_size, variances[ratio], SHRINK) / self.batch_size
         left = share * (1 - noise_share) + noise_share * variances[ratio]
         return cost_adjusted(left, ratio, self.scoring_cost[self.cost])
-
-    def _needed_last(self) -> float:
-        """As far as the last stage goes."""
-        variances, noise_share = self._after(self.stages[-1].steps)
-        return self._needed(self.ratio, variances, noise_share, drawn_share(variances[self.ratio], SHRINK))
 
     def _after(self, steps: float) -> tuple[dict[float, float], float]:
         """r -> variance, and the share of noise, on the line between the stages around `steps`."""
@@ -193,7 +189,7 @@ class Audit:
     def reason(self) -> str:
         """Why, in a sentence."""
         last = self.stages[-1]
-        end = self._needed_last()
+        end = self._needed(self.ratio, *self._after(last.steps))
         if last.noise_scale < self.batch_size or self.R <= WORTH < end:
             return (
                 f"with batches of {self.batch_size}, {last.noise_share(self.batch_size):.0%} of a step's squared "

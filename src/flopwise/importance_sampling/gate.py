@@ -16,12 +16,6 @@ _RATIOS = torch.tensor(RATIOS, dtype=torch.float64)
 MARGIN = 0.1  # "auto" switches on below R = 1 - MARGIN, and off above R = 1
 PATIENCE = 20  # presamples between two changes of the ratio
 WORTH_CHANGING = 0.02  # of R
-SHARES = 8  # a drawn batch is one of so many parts of a uniform one: few sizes, for compiled graphs and tensor cores
-
-
-def drawn_share(variance: float, shrink: float) -> float:
-    """Of a batch, drawn: variance^shrink, to the nearest eighth; 1 without a gain."""
-    return min(SHARES, max(1, round(SHARES * variance**shrink))) / SHARES
 
 
 @dataclass
@@ -33,16 +27,12 @@ class Gate:
     - "paper": on while (1 + c r) < tau, at the loader's own ratio. With c = 1/3 that is B + 3b < 3 tau b.
     - "always", "never": as they say, at the loader's own ratio.
 
-    "auto" also draws smaller batches, since a gain in variance v only pays through smaller batches or larger rates:
-    b v^shrink examples from r b v^shrink, which have v^(1 - shrink) of the variance of b.
-
     All estimates are moving averages that start from "no gain", so no rule samples in its first presamples.
     """
 
     rule: GateRule
     draw: Draw
     smoothing: float
-    shrink: float = 0.0
     on: bool = False
     ratio: float = 0.0
     tau: float = 0.0
@@ -109,11 +99,6 @@ class Gate:
     def variance(self) -> float:
         """The smoothed relative variance of a drawn batch, at the tabulated ratio nearest to the present one."""
         return self.variances[min(RATIOS, key=lambda r: abs(r - self.ratio))]
-
-    @property
-    def share(self) -> float:
-        """Of a batch, drawn."""
-        return drawn_share(self.variance, self.shrink) if self.on and self.rule == "auto" else 1.0
 
     def _choose_ratio(self, largest_ratio: float, scoring_cost: float) -> None:
         possible = [r for r in RATIOS if r <= largest_ratio + 1e-9] or [largest_ratio]

@@ -21,6 +21,7 @@ from flopwise.importance_sampling.gate import Gate, GateRule
 from flopwise.importance_sampling.modes import find_models, scoring, statistics_frozen, tracked_norms
 from flopwise.importance_sampling.ranks import Ranks
 from flopwise.importance_sampling.scores import Losses, score_and_mask, score_from_gradient, split_losses
+from flopwise.importance_sampling.variance import drawn_size
 
 LEARNED_EACH, POOLED = 40, 8  # while off: the gate learns from each of the first presamples, then from so many at once
 MANY = 2**20  # numbers: gradients at the outputs are kept up to here, then turned into scores
@@ -97,8 +98,8 @@ class ImportanceSampler:
         draw: "without_replacement" (Horvitz-Thompson, the default: less variance) or "with_replacement" (the paper).
         smoothing: share of the uniform distribution in p, 0 to 1; caps every weight at 1 / smoothing.
         shrink: what a gain is spent on, with gate "auto": where a drawn batch of b has v of a uniform one's variance,
-            b v^shrink examples are drawn (an eighth of b, or two, ...), and the rest of the gain is left to the rate.
-            0 draws whole batches, 1 keeps a uniform batch's variance and the rate.
+            b v^shrink examples are drawn, in eighths of b and no fewer than 4, and the rest of the gain is left to the
+            rate. 0 draws whole batches, 1 keeps a uniform batch's variance and the rate.
         seed: of the draws.
         score: (outputs, data) -> (b,), in place of the upper bound; for instance a closed form for a large vocabulary.
         proxy: data -> outputs of a small network for the same task. Its scores draw, in place of the model's, and cost
@@ -166,6 +167,7 @@ class ImportanceSampler:
         self.score = score
         self.batch_size, self.accumulate, self.weight_exponent = batch_size, accumulate, weight_exponent
         self.draw: Draw = draw
+        self.shrink = shrink
         self.callback = callback
         self.models = find_models(forward) if model is None else [model] if isinstance(model, nn.Module) else model
         self.proxy = proxy
@@ -176,7 +178,7 @@ class ImportanceSampler:
             "ones; got a model with batch normalisation in training. Put those layers in eval() first, or leave out "
             "proxy.",
         )
-        self._gate = Gate(gate, draw, smoothing, shrink)
+        self._gate = Gate(gate, draw, smoothing)
         self._ranks = Ranks(group)
         self.seed = seed
         self._ledger = Ledger()  # costs are measured even when the user keeps no ledger
@@ -338,7 +340,7 @@ class ImportanceSampler:
         """The rate scale by another rule: the gain's root or the gain itself, from 1 to `cap`; 1 while off."""
         if not self._gate.on:
             return 1.0
-        gain = self._gate.share / self._gate.variance
+        gain = self.draw_size() / self.batch_size / self._gate.variance
         return min(cap, max(1.0, gain**0.5 if rule == "sqrt" else gain))
 
     @contextmanager
@@ -422,8 +424,10 @@ class ImportanceSampler:
         self._resuming = True
 
     def draw_size(self) -> int:
-        """Examples per drawn batch."""
-        return max(1, round(self.batch_size * self._gate.share))
+        """k, examples per drawn batch."""
+        if self._gate.on and self._gate.rule == "auto":
+            return drawn_size(self.batch_size, self._gate.variance, self.shrink)
+        return self.batch_size
 
     def _use(self, presample: Examples) -> Iterator[WeightedBatch]:
         """The batches of one presample, from `_position` on."""
