@@ -122,7 +122,7 @@ class TestVerdict:
         def normalised(mean: float, frozen: bool):
             model, loss, loader = setup()
             norm = nn.BatchNorm1d(8)
-            norm.running_mean.fill_(mean)
+            norm.load_state_dict({**norm.state_dict(), "running_mean": torch.full((8,), mean)})
             model.insert(1, norm.train(not frozen))
             return model, loss, loader
 
