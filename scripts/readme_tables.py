@@ -62,19 +62,18 @@ def importance_settings() -> str:
     """Ours, as it comes, and tuned uniform sampling in every setting; how often it and a proxy were better or worse."""
     results = _settings()
     table = markdown(*settings.comparison(results, settings.OURS))
-    return "\n".join([table, *settings.summary(results), *settings.summary(results, settings.PROXY)])
+    others = (line for method in (settings.SHRINK, settings.PROXY) for line in settings.summary(results, method))
+    return "\n".join([table, *settings.summary(results), *others])
 
 
 def importance_settings_all() -> str:
     """The same with the proxy and all baselines."""
     results = _settings()
-    proxy = markdown(*settings.comparison(results, settings.PROXY))
-    said = (
-        "With a proxy:",
-        "All methods at equal FLOPs, training loss and test error relative to tuned uniform sampling's:",
-    )
-    every = markdown(*settings.all_methods(results))
-    return "\n".join([importance_settings(), "", said[0], "", proxy, said[1], "", every])
+    parts = [importance_settings(), "", "With a proxy:", "", markdown(*settings.comparison(results, settings.PROXY))]
+    for kind, same in settings.SAME.items():
+        title = f"All methods at equal {same}, training loss and test error relative to tuned uniform sampling's:"
+        parts += [title, "", markdown(*settings.all_methods(results, kind))]
+    return "\n".join(parts)
 
 
 def importance_predictions() -> str:

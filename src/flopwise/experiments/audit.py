@@ -10,14 +10,14 @@ what drawing by the score is worth, and the ledger and a clock say what it costs
 
 The rule of the verdict. A uniform step's expected squared gradient is |G|^2 + tr(Sigma) / b; with the noise scale
 N = tr(Sigma) / |G|^2, the share of noise in it is phi = N / (N + b). A step's progress at its best rate goes with
-1 / (1 + N / b) (McCandlish et al. 2018, arXiv 1812.06162). Where b drawn from r b have v times the variance, s b drawn
-from r s b have v / s and cost s (1 + c r) uniform steps: they get as far as those do for
+1 / (1 + N / b) (McCandlish et al. 2018, arXiv 1812.06162), so that a drawn step with v times the variance, which costs
+1 + c r uniform steps, gets as far as they do for
 
-    needed = s (1 + c r) (1 - phi + phi v / s)    of the cost: R where all is noise.
+    needed = (1 + c r) (1 - phi + phi v)    of the cost: R where all is noise, above 1 where nothing is.
 
-The sampler's s is v^(3/4). While the gate is off `needed` is 1. The answer is yes when the mean over the whole budget
-is at most `WORTH`: the gate itself is taken through the budget, with what was measured at some stages and straight
-lines between them. Without a budget the last stage stands for a training that is long.
+While the gate is off it is 1. The answer is yes when the mean over the whole budget is at most `WORTH`: the gate itself
+is taken through the budget, with what was measured at some stages and straight lines between them. Without a budget the
+last stage stands for a training that is long.
 """
 
 import copy
@@ -44,14 +44,14 @@ from flopwise.importance_sampling.gate import RATIOS, Gate
 from flopwise.importance_sampling.modes import scoring, tracked_norms
 from flopwise.importance_sampling.sampler import LEARNED_EACH, POOLED
 from flopwise.importance_sampling.scores import split_losses
-from flopwise.importance_sampling.variance import cost_adjusted, drawn_size, variance_ratio
+from flopwise.importance_sampling.variance import cost_adjusted, variance_ratio
 
 Loss = Callable[[Tensor, Any], Any]
 Forward = Callable[[nn.Module, Any], Tensor]
 SKETCH = 4096  # numbers kept of every example's gradient; the error of a variance is about sqrt(2 / SKETCH)
 DRAWS = 300  # simulated steps a ratio
 TIMINGS = 7
-SMOOTHING, SHRINK = 0.1, 0.75  # the sampler's
+SMOOTHING = 0.1
 WORTH = 0.8  # of uniform sampling's cost: what has to do for the same progress, so that the answer is yes
 
 
@@ -153,11 +153,10 @@ class Audit:
         while spent < self.budget:
             variances, noise_share = self._after(spent)
             gate.decide(self.largest_ratio, c)
-            price = self.largest_ratio  # of a presample; while off several, until the gate learns again
             if gate.on:
-                price *= c + 1 / gate.ratio
-            elif gate.updates >= LEARNED_EACH:
-                price *= POOLED
+                price = 1 + c * gate.ratio
+            else:  # plain steps until the gate learns again
+                price = self.largest_ratio * (1 if gate.updates < LEARNED_EACH else POOLED)
             spent += price
             on += price * gate.on
             total += price * (cost_adjusted(variances[gate.ratio], gate.ratio, c) if gate.on else 1.0)
@@ -166,9 +165,7 @@ class Audit:
         return Course(on / spent, total / spent, needed / spent)
 
     def _needed(self, ratio: float, variances: dict[float, float], noise_share: float) -> float:
-        share = drawn_size(self.batch_size, variances[ratio], SHRINK) / self.batch_size
-        left = share * (1 - noise_share) + noise_share * variances[ratio]
-        return cost_adjusted(left, ratio, self.scoring_cost[self.cost])
+        return cost_adjusted(1 - noise_share + noise_share * variances[ratio], ratio, self.scoring_cost[self.cost])
 
     def _after(self, steps: float) -> tuple[dict[float, float], float]:
         """r -> variance, and the share of noise, on the line between the stages around `steps`."""

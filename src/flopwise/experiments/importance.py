@@ -162,7 +162,6 @@ def train(run: Run, checkpoint: Path, progress: Callable[[float], None] = lambda
         batch_size=run.batch_size,
         gate=GATE.get(run.method, "auto"),
         draw="with_replacement" if run.method == "paper" else "without_replacement",
-        shrink=0.0,  # the claim is about the draw and the rate
         seed=run.seed,
     )
     record: dict[str, Any] = {"curve": [], "variance_ratio": None, "steps": 0}

