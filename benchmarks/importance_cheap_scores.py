@@ -2,8 +2,8 @@
 
     python benchmarks/importance_cheap_scores.py [SETTING ...]      three to eight minutes a setting on one thread
 
-The network of each setting of `flopwise.experiments.importance_settings` is trained uniformly, batches of 16, Adam, for
-the setting's whole budget. Along with it, on the same batches and at the same rate, learn small networks (proxies; one
+The network of each setting of `flopwise.experiments.importance_settings` is trained uniformly with Adam, batch size and
+rate in the middle of their grids, for the setting's whole budget. Along with it, on the same batches and at the same rate, learn small networks (proxies; one
 of them on a reduced picture) and heads on its first layers (a truncated model; the model is not changed). Scores
 remembered from the last time cost nothing. The model itself scores in bfloat16 and, where it has no proxy, on half the
 resolution. At a quarter, a half and three quarters of the budget, for each:

@@ -59,7 +59,7 @@ def overhead() -> str:
 
 
 def importance_settings() -> str:
-    """Ours, as it comes, and tuned uniform sampling in every setting; how often it and a proxy were better or worse."""
+    """Ours, as it comes, and tuned uniform sampling in every setting; how often each of ours won."""
     results = _settings()
     table = markdown(*settings.comparison(results, settings.OURS))
     others = (line for method in (settings.SHRINK, settings.PROXY) for line in settings.summary(results, method))

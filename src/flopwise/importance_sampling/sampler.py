@@ -439,8 +439,7 @@ class ImportanceSampler:
             left = size - self._position
             if not self._decided and self._steps % self.accumulate == 0:
                 self._decide(presample)
-            draws = self.draw_size()
-            if self._gate.on and left > draws:
+            if self._gate.on and left > (draws := self.draw_size()):
                 pieces = max(1, round(left / (self._gate.ratio * draws)))
                 stop = self._position + ceil(left / pieces)
                 batch = self._draw(presample, slice(self._position, stop))
