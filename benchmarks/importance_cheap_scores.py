@@ -3,10 +3,10 @@
     python benchmarks/importance_cheap_scores.py [SETTING ...]      three to eight minutes a setting on one thread
 
 The network of each setting of `flopwise.experiments.importance_settings` is trained uniformly with Adam, batch size and
-rate in the middle of their grids, for the setting's whole budget. Along with it, on the same batches and at the same rate, learn small networks (proxies; one
-of them on a reduced picture) and heads on its first layers (a truncated model; the model is not changed). Scores
-remembered from the last time cost nothing. The model itself scores in bfloat16 and, where it has no proxy, on half the
-resolution. At a quarter, a half and three quarters of the budget, for each:
+rate in the middle of their grids, for the setting's whole budget. Along with it, on the same batches and at the same
+rate, learn small networks (proxies; one of them on a reduced picture) and heads on its first layers (a truncated model;
+the model is not changed). Scores remembered from the last time cost nothing. The model itself scores in bfloat16 and,
+where it has no proxy, on half the resolution. At a quarter, a half and three quarters of the budget, for each:
 R = (1 + c r + t) * variance(r) at its best r, c the cost of scoring and t that of training the scorer along, both
 relative to training the model on one example. Appends one record a setting to
 benchmarks/results/importance_cheap_scores.jsonl.
