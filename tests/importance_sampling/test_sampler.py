@@ -446,6 +446,10 @@ class TestConstantVariance:
         with pytest.raises(ValueError, match="tolerance"):
             self.make(tolerance=0.0)
 
+    def test_shrink_is_not_for_it(self):
+        with pytest.raises(ValueError, match="leave shrink out"):
+            self.make(shrink=0.5)
+
 
 def unchecked(function):
     """Without the type checks that only the tests switch on, and that would catch a wrong name first."""

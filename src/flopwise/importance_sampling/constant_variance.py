@@ -18,7 +18,7 @@ class ConstantVarianceSampler(ImportanceSampler):
     - never fewer than `floor` of the batch;
     - while the recent training loss is above `1 + tolerance` times its long-run average, whole batches are drawn.
 
-    Arguments besides these two: `ImportanceSampler`'s.
+    Arguments besides these two: `ImportanceSampler`'s, but for `shrink`: it always shrinks.
     """
 
     def __init__(self, *args: Any, floor: float = 0.25, tolerance: float = 0.2, **options: Any) -> None:
@@ -27,6 +27,8 @@ class ConstantVarianceSampler(ImportanceSampler):
             raise ValueError(f"floor is a share of the batch, above 0 and at most 1; got {floor}.")
         if tolerance <= 0:
             raise ValueError(f"tolerance is how much the loss may rise, above 0; got {tolerance}.")
+        if self.shrink != 0:
+            raise ValueError(f"this sampler decides itself how few to draw: leave shrink out; got {self.shrink}.")
         self.floor, self.tolerance = floor, tolerance
         self._recent = self._long_run = 0.0
 
