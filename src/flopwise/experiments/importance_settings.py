@@ -51,7 +51,7 @@ from flopwise.experiments.runner import Record, Records, best_inside, run_all, t
 from flopwise.importance_sampling import ImportanceSampler, cosine
 
 RATIO = 6  # batches in a presample, for every method
-SHRINK = 0.75  # where batches are to shrink
+SHRINK = 0.5  # where batches are to shrink
 ALIKE = 0.05
 CURVE_POINTS, CURVE_EXAMPLES, END_EXAMPLES = 10, 500, 2000
 PIECE = 20  # examples of a forward pass without gradient: its hidden layers stay in the cache
