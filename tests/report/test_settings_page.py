@@ -118,6 +118,12 @@ def test_the_page(tmp_path):
     )
 
 
+def test_four_lines_have_four_colours():
+    methods = {method: runs("texts", method, [0.9, 1.0]) for method in settings.NAMES}
+    for chart in settings._curves(methods):
+        assert re.findall(r'class="line s(\d)"', chart) == ["0", "1", "2", "3"] * 2  # and in the legend
+
+
 def test_the_grid_that_uniform_sampling_was_tuned_on():
     text = settings._tuning(settings.Results.of(RECORDS), "texts")
     rows = [re.findall(r"<t[dh][^>]*>([^<]*)</t", row) for row in text.split("<tr")]

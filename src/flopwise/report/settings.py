@@ -256,10 +256,11 @@ def _curves(methods: dict[str, list[Record]]) -> list[str]:
     """Uniform sampling, ours, and the best of the others: a chart has four colours."""
     others = {m: runs for m, runs in methods.items() if m not in (UNIFORM, OURS, PROXY) and len(converged(runs)) > 0}
     best = sorted(others, key=lambda m: fmean(r["train_loss"] for r in converged(others[m])))[:1]
-    shown = {method: methods[method] for method in (UNIFORM, OURS, PROXY, *best) if method in methods}
+    names = {method: NAMES[method] for method in (UNIFORM, OURS, PROXY, *best)}
+    shown = {method: methods[method] for method in names if method in methods}
     x, charts = Axis("share of the budget", "%", low=0, high=100), []
     for key, scale, unit in (("train_loss", 1.0, ""), ("test_error", 100.0, "%")):
-        series = lines({m: _later(runs) for m, runs in shown.items()}, NAMES, "share", key, x_scale=100, y_scale=scale)
+        series = lines({m: _later(runs) for m, runs in shown.items()}, names, "share", key, x_scale=100, y_scale=scale)
         if series:
             log = unit == "" and min(height for line in series for height in line.heights()) > 0
             y = Axis(WHAT[key], unit, log=log)
