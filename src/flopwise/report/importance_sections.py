@@ -264,9 +264,9 @@ def lines(
     """A series per method: the mean over its seeds and, with two or more, the band from the lowest to the highest.
 
     Seeds are read off at the x of the first one's points, by linear interpolation. A method's place in `names` is its
-    colour; there are four, and what comes later has the last.
+    colour, of which there are four.
     """
-    series, colours = [], {method: min(colour, 3) for colour, method in enumerate(names)}
+    series, colours = [], {method: colour for colour, method in enumerate(names)}
     for method, runs in methods.items():
         curves = [
             [(p[x] * x_scale, p[y] * y_scale) for p in r["curve"] if finite(p.get(x)) and finite(p.get(y))]
